@@ -1,0 +1,574 @@
+"""DAG-MoE in one file: a Llama-style GPT whose mixture-of-experts layers combine experts through a small graph.
+
+A sparse mixture-of-experts (MoE) layer sends each token to K of its E experts and adds up the K outputs, weighted by the
+router. DAG-MoE ("From Simple Mixture to Structural Aggregation in Mixture-of-Experts", arXiv 2606.01062 v1) keeps router
+and experts and replaces the sum: the K outputs become the nodes of a graph that is L edges deep. At every depth each node
+receives a message from every node of the depth before, through gates that a light module computes for each token.
+
+Read from top to bottom. Equation numbers are the paper's; what differs from it is marked "Departure" here and listed in
+README.md. Every layer of the network does, between attention and the next layer, just this (class MoE):
+
+    x = RMSNorm(h)                            # (S, C)
+    gate, expert, stats = router(x)           # (S, K), (S, K)
+    out = experts(x, expert)                  # (S, K, C), one slot per selected expert
+    h = aggregate(h, out, gate)               # (S, C): WeightedSum or DAGAggregator, the one place where they differ
+
+Symbols, here and in every shape comment:
+
+    code         paper  meaning                     |  code            paper  meaning
+    B, T                sequences, tokens in each   |  n_expert, E     N      experts per layer
+    S                   tokens, S = B·T             |  top_k, K        K      experts selected per token
+    n_embd, C    d      width of the residual h     |  expert_dim, H   d_r    hidden size of an expert
+    h                   residual stream             |  dag_depth, L    L      depth of the graph
+    x                   RMSNorm(h)                  |  dag_dim, D      d_g    width of the graph's messages
+    gate, g      g      router weight of a slot     |  node            n_i^l  node i at depth l, i = 1..K
+    out          E(x)   output of a slot's expert   |  w_down, w_edge, w_node, w_up: W_down, W_edge, W_node, W_up
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+import torch.distributed
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+VERSION = "0.1.0"  # written into every checkpoint
+NORM_EPS = 1e-5  # inside every RMSNorm
+INIT_STD = 0.02  # of every weight matrix, before the exceptions in GPT.init_weights
+GATES = {"sigmoid": torch.sigmoid, "silu": F.silu}  # σ of Eq. 9
+
+
+def check_types(config, least: int) -> None:
+    """Raise ValueError unless every field of a dataclass has its type, and every int is `least` or more."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        fits = type(value) is field.type or (field.type is float and type(value) is int)
+        if not fits:
+            raise ValueError(f"{field.name} must be of type {field.type.__name__}, got {value!r}")
+        if field.type is int and value < least:
+            raise ValueError(f"{field.name} must be at least {least}, got {value}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that determines the network's shape. Raises ValueError, showing the numbers, if it can't be built."""
+
+    vocab_size: int = 257  # size of the vocabulary (train.py takes the dataset's if no config sets it)
+    block_size: int = 256  # longest context, in tokens
+    n_layer: int = 4  # decoder blocks
+    n_head: int = 4  # attention heads (queries)
+    n_kv_head: int = 2  # key/value heads; fewer than n_head is grouped-query attention
+    n_embd: int = 128  # C, width of the residual stream
+    rope_theta: float = 10000.0  # base wavelength of the rotary positions
+    tie_embeddings: bool = True  # output head shares the token embedding's weights
+    n_expert: int = 16  # E, experts per layer
+    top_k: int = 4  # K, experts selected per token
+    norm_topk: bool = True  # renormalise the K selected router probabilities to sum to 1
+    expert_dim: int = 64  # H, hidden size of each SwiGLU expert
+    aggregator: str = "dag"  # how the K outputs are combined: sum | dag
+    dag_depth: int = 2  # L, depth of the graph
+    dag_dim: int = 32  # D, width of the graph's messages
+    dag_gate: str = "sigmoid"  # edge gate of Eq. 9: sigmoid | silu
+
+    def __post_init__(self):
+        check_types(self, least=1)
+        if self.block_size < 2:
+            raise ValueError(f"block_size must be at least 2, got {self.block_size}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        if self.head_dim % 2:
+            raise ValueError(f"n_embd / n_head must be even for rotary positions, got {self.n_embd} / {self.n_head}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
+        if self.top_k > self.n_expert:
+            raise ValueError(f"top_k ({self.top_k}) must not exceed n_expert ({self.n_expert})")
+        if not 1 < self.rope_theta < math.inf:
+            raise ValueError(f"rope_theta must be a number above 1, got {self.rope_theta}")
+        if self.aggregator not in AGGREGATORS:
+            raise ValueError(f"aggregator must be one of {', '.join(AGGREGATORS)}, got {self.aggregator!r}")
+        if self.dag_gate not in GATES:
+            raise ValueError(f"dag_gate must be one of {', '.join(GATES)}, got {self.dag_gate!r}")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.n_embd // self.n_head
+
+
+# Backbone: RMSNorm, rotary positions, grouped-query attention
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension (Zhang and Sennrich 2019)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, NORM_EPS)
+
+
+def rope_table(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each (T, head_dim), for positions (T): channel i turns at theta^(-2i/head_dim) per token."""
+    channel = torch.arange(0, config.head_dim, 2, device=positions.device)
+    frequency = config.rope_theta ** (-channel / config.head_dim)
+    angle = positions[:, None] * frequency  # (T, head_dim/2)
+    angle = torch.cat([angle, angle], dim=-1)  # rotate-half pairs channel i with i + head_dim/2
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary positions (Su 2021, in Llama's rotate-half layout) on queries or keys x (B, heads, T, head_dim)."""
+    cos, sin = rope
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+class KeyValueCache:
+    """Keys and values of the tokens read so far, for one attention layer: two (B, n_kv_head, block_size, head_dim)."""
+
+    def __init__(self):
+        self.length = 0
+
+    def extend(self, k: Tensor, v: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+        """Add k, v (B, n_kv_head, T, head_dim) and return all that is stored, as views."""
+        B, heads, T, head_dim = k.shape
+        if self.length == 0:
+            self.k, self.v = k.new_empty(2, B, heads, block_size, head_dim)
+        self.k[:, :, self.length : self.length + T] = k
+        self.v[:, :, self.length : self.length + T] = v
+        self.length += T
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention: groups of n_head / n_kv_head query heads share one key/value head."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        kv_dim = config.n_kv_head * config.head_dim
+        self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.k_proj = nn.Linear(config.n_embd, kv_dim, bias=False)
+        self.v_proj = nn.Linear(config.n_embd, kv_dim, bias=False)
+        self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KeyValueCache | None = None) -> Tensor:
+        """x (B, T, C) → (B, T, C). With a cache, x is either a whole prompt (empty cache) or one token."""
+        B, T, C = x.shape
+        split_heads = (B, T, -1, self.config.head_dim)
+        q = rotate(self.q_proj(x).view(split_heads).transpose(1, 2), rope)  # (B, n_head, T, head_dim)
+        k = rotate(self.k_proj(x).view(split_heads).transpose(1, 2), rope)  # (B, n_kv_head, T, head_dim)
+        v = self.v_proj(x).view(split_heads).transpose(1, 2)
+        if cache is not None:
+            assert T == 1 or cache.length == 0, f"{T} tokens after {cache.length} cached ones"
+            k, v = cache.extend(k, v, self.config.block_size)
+        # A single token may look at everything cached, so only longer inputs need the causal mask.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+# Mixture of experts: router, experts
+
+
+class RouterStats(NamedTuple):
+    """What a router reports: raw auxiliary losses, weighted by no coefficient, and how many slots each expert got."""
+
+    balance: Tensor  # () E · Σ_e f_e P_e: 1 when balanced, E/K when collapsed onto K experts
+    z: Tensor  # () mean of logsumexp(logits)²
+    load: Tensor  # (E) slots assigned to each expert, summing to S·K
+
+
+class Router(nn.Module):
+    """Token-choice top-K router (Shazeer 2017; losses of Switch 2021 and ST-MoE 2022). Always in full precision."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_expert, config.n_embd))  # W_r
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, RouterStats]:
+        """x (S, C) → gate (S, K) in descending order, expert (S, K) ids, RouterStats."""
+        E, K = self.config.n_expert, self.config.top_k
+        with torch.autocast(x.device.type, enabled=False):  # rounding logits to bfloat16 would change the selection
+            logits = F.linear(x.to(self.weight.dtype), self.weight)  # (S, E)
+        prob = logits.softmax(dim=-1)
+        gate, expert = prob.topk(K, dim=-1)
+        if self.config.norm_topk:  # Departure (the paper leaves it open): gates sum to 1, as in Mixtral
+            gate = gate / gate.sum(dim=-1, keepdim=True)
+
+        slots = expert.flatten()
+        load = torch.zeros(E, dtype=torch.long, device=x.device).scatter_add_(0, slots, torch.ones_like(slots))
+        share = mean_over_ranks(load / slots.numel(), self.training)  # f_e: counts, so no gradient
+        balance = E * (share * prob.mean(dim=0)).sum()  # P_e = mean probability: the gradient reaches every expert
+        z = logits.logsumexp(dim=-1).square().mean()
+        return gate, expert, RouterStats(balance, z, load)
+
+
+def mean_over_ranks(x: Tensor, training: bool) -> Tensor:
+    """Mean over the ranks of a data-parallel training step; x itself in one process or in evaluation.
+
+    With shares of the whole step's batch the balance loss does not depend on how many ranks share it (arXiv 2501.11873).
+    """
+    if training and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(x)
+        x = x / torch.distributed.get_world_size()
+    return x
+
+
+class Experts(nn.Module):
+    """E SwiGLU feed-forward networks, stacked. Dropless: every selected (token, expert) pair is computed.
+
+    A capacity that drops pairs would make a token's output depend on later tokens and on the rest of the batch.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        E, C, H = config.n_expert, config.n_embd, config.expert_dim
+        self.gate_proj = nn.Parameter(torch.empty(E, H, C))
+        self.up_proj = nn.Parameter(torch.empty(E, H, C))
+        self.down_proj = nn.Parameter(torch.empty(E, C, H))
+
+    def forward(self, x: Tensor, expert: Tensor) -> Tensor:
+        """x (S, C), expert (S, K) ids → (S, K, C): slot (s, k) holds expert[s, k] applied to x[s]."""
+        S, K = expert.shape
+        E, C, _ = self.down_proj.shape
+        # Sort the S·K slots by expert, so that each expert's rows are contiguous: expert e owns rows ends[e-1]:ends[e].
+        sorted_expert, order = expert.flatten().sort(stable=True)
+        ends = torch.searchsorted(sorted_expert, torch.arange(E, device=x.device), right=True, out_int32=True)
+        rows = x.index_select(0, order // K)  # (S·K, C); index_select's backward is far faster than x[...]'s on CPU
+        hidden = F.silu(grouped_linear(rows, self.gate_proj, ends)) * grouped_linear(rows, self.up_proj, ends)
+        rows = grouped_linear(hidden, self.down_proj, ends)
+        return rows.index_select(0, order.argsort()).view(S, K, C)  # undo the sort
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """F.linear with another weight for each group of rows: rows (N, I), weight (E, O, I), ends (E) → (N, O).
+
+    Rows ends[e-1]:ends[e] are multiplied by weight[e]; a group may be empty. One kernel where F.grouped_mm can be used,
+    else a loop over the experts: grouped_mm has no float64, needs rows of a multiple of 16 bytes, exists for CPU and
+    CUDA, and in a compiled graph takes bfloat16 only.
+    """
+    device = rows.device.type
+    if torch.is_autocast_enabled(device):  # grouped_mm is not on autocast's list
+        rows, weight = (t.to(torch.get_autocast_dtype(device)) for t in (rows, weight))
+    dtypes = (torch.bfloat16,) if device == "cuda" or torch.compiler.is_compiling() else (torch.bfloat16, torch.float32)
+    aligned = all(size * rows.element_size() % 16 == 0 for size in weight.shape[1:])
+    if device in ("cpu", "cuda") and rows.dtype in dtypes and aligned:
+        return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+    sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
+    return torch.cat([F.linear(group, w) for group, w in zip(rows.split(sizes), weight, strict=True)])
+
+
+# Aggregation: (h (S, C), out (S, K, C), gate (S, K)) → (S, C), the residual included
+
+
+class WeightedSum(nn.Module):
+    """The standard MoE: h + Σ_i g_i E_i(x). Linear in the expert outputs."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+
+    def forward(self, h: Tensor, out: Tensor, gate: Tensor) -> Tensor:
+        """h (S, C), out (S, K, C), gate (S, K) → (S, C)."""
+        return h + (gate.unsqueeze(-1).to(out.dtype) * out).sum(dim=1)
+
+
+class DAGLayer(nn.Module):
+    """The weights of one depth of the graph, shared by all its edges, and the messages that flow along them."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        C, D = config.n_embd, config.dag_dim
+        self.gate_function = GATES[config.dag_gate]
+        self.norm = RMSNorm(C)
+        self.w_down = nn.Linear(C, D, bias=False)
+        self.w_edge = nn.Linear(2 * D, D, bias=False)
+        self.w_node = nn.Linear(2 * D, D, bias=False)
+        self.w_up = nn.Linear(D, C, bias=False)
+
+    def messages(self, node: Tensor) -> Tensor:
+        """node (S, K, C) → (S, K, D): Σ_j m_ij, all that node i receives (Eq. 7 to 10)."""
+        C = node.shape[-1]
+        # Eq. 7: z_i = W_down RMSNorm(n_i). Departure: RMSNorm for the paper's LN, as everywhere in the backbone.
+        # The norm divides a node by one number, which may as well be done after the product, where the row is short.
+        length = torch.linalg.vector_norm(node, dim=-1, keepdim=True, dtype=self.norm.weight.dtype)
+        scale = (length.square() / C + NORM_EPS).rsqrt()  # 1 / root mean square
+        z = F.linear(node, self.w_down.weight * self.norm.weight) * scale.to(node.dtype)  # (S, K, D)
+        # Eq. 8: W concat(z_i, z_j) = W₁ z_i + W₂ z_j, so four D×D products per node serve all K² edges.
+        edge_to, edge_from = (F.linear(z, w) for w in self.w_edge.weight.chunk(2, dim=1))
+        node_to, node_from = (F.linear(z, w) for w in self.w_node.weight.chunk(2, dim=1))
+        # Recomputed in the backward pass: what is kept grows with K, not with the K² edges.
+        return checkpoint(self.sum_over_edges, edge_to, edge_from, node_to, node_from, use_reentrant=False)
+
+    def sum_over_edges(self, edge_to: Tensor, edge_from: Tensor, node_to: Tensor, node_from: Tensor) -> Tensor:
+        """Four (S, K, D) → (S, K, D). One source node j at a time, for all targets i."""
+        total = torch.zeros_like(node_to)
+        for j in range(node_to.shape[1]):
+            e = self.gate_function(edge_to + edge_from[:, j : j + 1])  # Eq. 9: e_ij, a gate for each of D channels
+            total = total + e * (node_to + node_from[:, j : j + 1])  # Eq. 10: m_ij
+        return total
+
+
+class DAGAggregator(nn.Module):
+    """DAG-MoE (Eq. 6 to 12): K·(L+1) nodes, an edge from every node of a depth to every node of the next.
+
+    In plain form, with n_i⁰ = g_i E_i(x) + h/K, every depth l adds W_up Σ_j m_ij to node i and the result is Σ_i n_i^L.
+    The sum of the nodes is carried along in `h` instead: Σ_i n_i⁰ = h + Σ_i g_i E_i(x), the standard MoE, and each depth
+    adds its Σ_i to it. That is the same function, keeps the residual stream's precision when nodes are bfloat16, and
+    spares the last depth K - 1 of its K applications of W_up. With W_up = 0 this is WeightedSum exactly.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(DAGLayer(config) for _ in range(config.dag_depth))
+
+    def forward(self, h: Tensor, out: Tensor, gate: Tensor) -> Tensor:
+        """h (S, C), out (S, K, C), gate (S, K) → (S, C)."""
+        S, K, C = out.shape
+        weighted = gate.unsqueeze(-1).to(out.dtype) * out  # (S, K, C)
+        # Eq. 6. Departure (the paper leaves it open): h is the residual stream itself, whose K shares add up to one.
+        node = weighted + (h / K).unsqueeze(1).to(out.dtype)
+        h = h + weighted.sum(dim=1)
+        for layer in self.layers[:-1]:
+            step = layer.w_up(layer.messages(node))  # (S, K, C)
+            node = node + step  # Eq. 11
+            h = h + step.sum(dim=1)
+        last = self.layers[-1]
+        return h + last.w_up(last.messages(node).sum(dim=1))  # Eq. 11 and 12, Σ_i before W_up
+
+
+AGGREGATORS = {"sum": WeightedSum, "dag": DAGAggregator}
+
+
+# The network
+
+
+class MoE(nn.Module):
+    """The feed-forward half of a block: normalise, route, compute experts, aggregate. Adds the residual itself."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.norm = RMSNorm(config.n_embd)
+        self.router = Router(config)
+        self.experts = Experts(config)
+        self.aggregate = AGGREGATORS[config.aggregator](config)
+
+    def forward(self, h: Tensor) -> tuple[Tensor, RouterStats]:
+        """h (B, T, C) → (B, T, C), RouterStats."""
+        B, T, C = h.shape
+        h = h.view(B * T, C)
+        x = self.norm(h)
+        gate, expert, stats = self.router(x)
+        out = self.experts(x, expert)
+        h = self.aggregate(h, out, gate)
+        return h.view(B, T, C), stats
+
+
+class Block(nn.Module):
+    """One decoder layer: h + attention, then the MoE."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.norm = RMSNorm(config.n_embd)
+        self.attention = Attention(config)
+        self.moe = MoE(config)
+
+    def forward(self, h: Tensor, rope: tuple[Tensor, Tensor], cache: KeyValueCache | None = None):
+        """h (B, T, C) → (B, T, C), RouterStats."""
+        h = h + self.attention(self.norm(h), rope, cache)
+        return self.moe(h)
+
+
+class Output(NamedTuple):
+    """What GPT.forward always returns. The losses are raw: whoever trains weights and adds them."""
+
+    logits: Tensor  # (B, T, vocab_size)
+    loss: Tensor | None  # () cross-entropy in nats per token, None without targets
+    balance: Tensor  # () mean over layers of RouterStats.balance
+    z: Tensor  # () mean over layers of RouterStats.z
+    load: Tensor  # (n_layer, E) slots assigned to each expert
+
+
+class ParameterCount(NamedTuple):
+    """Numbers of parameters."""
+
+    total: int  # all; tied embeddings once
+    active: int  # total without the E - K experts of each layer that a token does not use
+    embeddings: int  # token embedding, and the output head where it is not tied; part of total and of active
+
+
+class MultiplyAdds(NamedTuple):
+    """Multiply-adds of the matrix products of one forward pass, per token. Two floating-point operations each."""
+
+    attention: int  # projections, and scores and values over block_size positions (a causal kernel may skip half)
+    experts: int  # router and the K selected experts
+    aggregator: int  # 0 for sum; the DAG's small matrices are applied to each of K nodes, not once
+    head: int  # output head
+
+    @property
+    def total(self) -> int:
+        """All four together."""
+        return sum(self)
+
+
+class GPT(nn.Module):
+    """Decoder-only language model (Llama 3's layout) with an MoE in every layer. No biases, no dropout.
+
+    Weights are drawn from torch's global generator: seed it with torch.manual_seed.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        seed = int(torch.randint(2**62, ()))  # before the layers' own default initialisation draws anything
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embed.weight
+        self.init_weights(torch.Generator().manual_seed(seed))
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Draw every weight anew: normal(0, 0.02), smaller by sqrt(2·n_layer) where a layer writes into h; norms 1.
+
+        Aggregators come last, so that for one seed models with different aggregators share all other weights. W_up
+        starts at zero: a new DAG-MoE computes exactly what the standard MoE with the same seed computes.
+        """
+        into_residual = INIT_STD / math.sqrt(2 * self.config.n_layer)
+        std = {self.embed.weight: INIT_STD, self.head.weight: INIT_STD}  # one entry where the two are tied
+        for block in self.blocks:
+            attention, moe = block.attention, block.moe
+            std |= dict.fromkeys((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight), INIT_STD)
+            std |= dict.fromkeys((moe.router.weight, moe.experts.gate_proj, moe.experts.up_proj), INIT_STD)
+            std |= dict.fromkeys((attention.o_proj.weight, moe.experts.down_proj), into_residual)
+        for block in self.blocks:
+            if isinstance(block.moe.aggregate, DAGAggregator):
+                for layer in block.moe.aggregate.layers:
+                    std |= dict.fromkeys((layer.w_down.weight, layer.w_edge.weight, layer.w_node.weight), INIT_STD)
+                    std[layer.w_up.weight] = 0.0
+        for weight, deviation in std.items():
+            weight.normal_(0.0, deviation, generator=generator)
+        norms = [module.weight for module in self.modules() if isinstance(module, RMSNorm)]
+        for weight in norms:
+            weight.fill_(1.0)
+        assert len(std) + len(norms) == len(list(self.parameters())), "a parameter has no initialisation"
+
+    def hidden(self, tokens: Tensor, cache: list[KeyValueCache] | None = None) -> tuple[Tensor, list[RouterStats]]:
+        """tokens (B, T), continuing what `cache` holds → final normalised states (B, T, C), RouterStats per layer."""
+        start = cache[0].length if cache else 0
+        end = start + tokens.shape[1]
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens do not fit block_size {self.config.block_size}")
+        rope = rope_table(torch.arange(start, end, device=tokens.device), self.config)
+        h = self.embed(tokens)
+        stats = []
+        for i, block in enumerate(self.blocks):
+            h, layer_stats = block(h, rope, cache[i] if cache else None)
+            stats.append(layer_stats)
+        return self.norm(h), stats
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Output:
+        """tokens (B, T) ids, targets (B, T) ids or -1 where no loss is wanted → Output."""
+        x, stats = self.hidden(tokens)
+        logits = self.head(x)  # (B, T, vocab_size)
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        balance, z, load = (torch.stack(values) for values in zip(*stats, strict=True))
+        return Output(logits, loss, balance.mean(), z.mean(), load)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+        n_token: int | None = None,
+    ) -> Iterator[Tensor]:
+        """Continue tokens (B, T): yield max_new_tokens times the next (B) ids, as soon as they are known.
+
+        The context is the window of `window_start`: all tokens up to block_size, afterwards the last ones, of which
+        half are dropped and the rest read afresh whenever the window is full. Temperature 0 takes the likeliest token;
+        top_k and top_p (nucleus sampling, Holtzman 2020) restrict the choice first. With n_token, only ids below it are
+        chosen: a vocabulary may be padded with ids that its encoding can't decode. Keys and values are cached.
+        """
+        start, cache = 0, None
+        for _ in range(max_new_tokens):
+            if cache is None or window_start(tokens.shape[1], self.config.block_size) != start:
+                start = window_start(tokens.shape[1], self.config.block_size)
+                cache = [KeyValueCache() for _ in self.blocks]
+                x, _ = self.hidden(tokens[:, start:], cache)
+            else:
+                x, _ = self.hidden(tokens[:, -1:], cache)
+            logits = self.head(x[:, -1]).float()[:, :n_token]  # (B, vocab_size)
+            next_token = choose(logits, temperature, top_k, top_p, generator)
+            tokens = torch.cat([tokens, next_token[:, None]], dim=1)
+            yield next_token
+
+    def count_parameters(self) -> ParameterCount:
+        """Numbers of parameters, by formula (checked against the tensors in the tests)."""
+        c = self.config
+        C, E, K, H, L, D = c.n_embd, c.n_expert, c.top_k, c.expert_dim, c.dag_depth, c.dag_dim
+        embeddings = c.vocab_size * C * (1 if c.tie_embeddings else 2)
+        attention = 2 * C * C + 2 * C * c.n_kv_head * c.head_dim
+        expert = 3 * C * H
+        aggregator = {"sum": 0, "dag": L * (2 * C * D + 4 * D * D + C)}[c.aggregator]
+        layer = attention + E * C + E * expert + aggregator + 2 * C  # E·C: router; 2·C: two norms
+        total = embeddings + c.n_layer * layer + C
+        return ParameterCount(total, total - c.n_layer * (E - K) * expert, embeddings)
+
+    def multiply_adds_per_token(self) -> MultiplyAdds:
+        """Multiply-adds per token of a full window's forward pass, by formula (checked by counting in the tests).
+
+        Matrix products only: norms, gates, the weighted sum and the DAG's K²·D element-wise products per depth are not
+        counted. A backward pass costs twice as much again.
+        """
+        c = self.config
+        C, K, H, L, D = c.n_embd, c.top_k, c.expert_dim, c.dag_depth, c.dag_dim
+        projections = 2 * C * C + 2 * C * c.n_kv_head * c.head_dim
+        scores_and_values = 2 * c.block_size * C
+        # W_down and the four halves of W_edge and W_node on K nodes, W_up on K nodes but once per token at the last depth
+        dag = L * K * (C * D + 4 * D * D) + (L - 1) * K * C * D + C * D
+        return MultiplyAdds(
+            attention=c.n_layer * (projections + scores_and_values),
+            experts=c.n_layer * (c.n_expert * C + 3 * K * C * H),
+            aggregator=c.n_layer * {"sum": 0, "dag": dag}[c.aggregator],
+            head=C * c.vocab_size,
+        )
+
+
+def window_start(length: int, block_size: int) -> int:
+    """First token in view when `length` tokens exist: moves in steps of half a window, once the window is full."""
+    step = block_size // 2
+    return max(0, math.ceil((length - block_size) / step)) * step
+
+
+def choose(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
+    """logits (B, vocab_size) → (B) ids: greedy at temperature 0, else sampled from the top_k and top_p likeliest."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits, token = (logits / temperature).sort(dim=-1, descending=True)  # likeliest first
+    prob = logits.softmax(dim=-1)
+    if top_p is not None:
+        before = (
+            prob.cumsum(dim=-1) - prob
+        )  # probability of all likelier tokens: zero for the first, which always stays
+        prob = prob.masked_fill(before >= top_p, 0.0)
+    if top_k is not None:
+        prob[:, top_k:] = 0.0
+    choice = torch.multinomial(prob, 1, generator=generator)
+    return token.gather(1, choice).squeeze(1)

@@ -1,0 +1,478 @@
+"""Train a model on a prepared dataset, on one device or on several with torchrun.
+
+    python train.py configs/quickstart.toml
+    python train.py configs/quickstart.toml --aggregator=sum --out_dir=out/sum
+    torchrun --standalone --nproc_per_node=8 train.py configs/owt.toml
+
+Settings: the defaults below, then the keys of the config file, then --key=value. Results: OUT_DIR/log.csv with a row per
+evaluation, OUT_DIR/ckpt.pt to go on from with --resume, OUT_DIR/best.pt with the lowest validation loss for sample.py.
+"""
+
+import argparse
+import csv
+import difflib
+import inspect
+import math
+import os
+import re
+import signal
+import sys
+import time
+import tomllib
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from model import GPT, VERSION, ModelConfig, check_types
+from prepare import DATA, KNOWN, SPLITS, Parser, UserError, load_meta, load_tokens, prepare, run, sync
+from sample import autocast, choose_device, choose_dtype, continue_text, load_checkpoint
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything else that determines a run. Raises ValueError, showing the numbers, for what can't be meant."""
+
+    dataset: str = "stdlib"  # folder below data/, made by prepare.py
+    out_dir: str = ""  # where results go (default: out/ and the config file's name)
+    seed: int = 1337  # of the initial weights and of the order of the data
+    max_steps: int = 1000  # optimizer steps
+    batch_size: int = 16  # sequences of block_size tokens per micro-step
+    grad_accum: int = 1  # micro-steps per optimizer step, shared out over all ranks
+    learning_rate: float = 1e-3  # highest learning rate, reached after the warm-up
+    min_lr: float = 1e-4  # learning rate at the last step, reached along a cosine
+    warmup_steps: int = 100  # steps in which the learning rate rises linearly from zero
+    weight_decay: float = 0.1  # AdamW's decay, of matrices only
+    beta1: float = 0.9  # AdamW's decay rate of the gradient's mean
+    beta2: float = 0.95  # AdamW's decay rate of the gradient's square
+    grad_clip: float = 1.0  # largest norm of the whole gradient
+    balance_coef: float = 0.01  # weight of the balance loss
+    z_coef: float = 0.001  # weight of the router's z-loss
+    eval_interval: int = 200  # steps between evaluations, each with a row in log.csv and a checkpoint
+    eval_tokens: int = 100_000  # validation tokens per evaluation, in evenly spaced windows
+    device: str = "auto"  # auto (CUDA, else MPS, else CPU), or a torch device
+    dtype: str = "auto"  # precision of matrix products: auto (bfloat16 on CUDA, else float32), float32, bfloat16
+    compile: bool = False  # compile the model with torch.compile: slow to start, then faster
+    resume: bool = False  # go on from OUT_DIR/ckpt.pt
+
+    def __post_init__(self):
+        check_types(self, least=0)
+        for name in ("max_steps", "batch_size", "grad_accum", "eval_interval", "eval_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "grad_clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("min_lr", "weight_decay", "balance_coef", "z_coef"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if self.min_lr > self.learning_rate:
+            raise ValueError(f"min_lr ({self.min_lr}) must not exceed learning_rate ({self.learning_rate})")
+
+
+# Settings
+
+
+def read_settings(argv: list[str]) -> dict:
+    """Settings of the config file and of the command line, by key, the latter winning. Raises UserError."""
+    parser = Parser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("config", nargs="?", type=Path, help="a file such as configs/quickstart.toml")
+    known = {}
+    for config in (TrainConfig, ModelConfig):
+        group = parser.add_argument_group(config.__name__)
+        comments = dict(re.findall(r"^ {4}(\w+): .*?  # (.+)$", inspect.getsource(config), re.MULTILINE))
+        for field in fields(config):
+            known[field.name] = field.type
+            flag = {"nargs": "?", "const": True, "type": parse_bool} if field.type is bool else {"type": field.type}
+            help = f"{comments[field.name]} (default: {field.default})".replace("%", "%%")
+            group.add_argument(f"--{field.name}", default=argparse.SUPPRESS, metavar="VALUE", help=help, **flag)
+    arguments, unknown = parser.parse_known_args(argv)
+    for argument in unknown:
+        raise UserError(unknown_key(argument.removeprefix("--").split("=")[0], argument, known))
+    settings = vars(arguments)
+    path = settings.pop("config")
+    if path is None:
+        return {"out_dir": "out/default"} | settings
+    try:
+        file = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        there = ", ".join(str(p) for p in sorted(Path("configs").rglob("*.toml"))) or "none"
+        raise UserError(f"config {path} does not exist; there are: {there}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from error
+    for key in file:
+        if key not in known:
+            raise UserError(unknown_key(key, f"{key} = {file[key]!r} in {path}", known))
+    return {"out_dir": f"out/{path.stem}"} | file | settings
+
+
+def unknown_key(key: str, where: str, known: dict) -> str:
+    """Error message for a key that does not exist, with the nearest one that does."""
+    nearest = difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0)[0]
+    return f"unknown setting {where}; the nearest key is {nearest} (python train.py --help lists all)"
+
+
+def parse_bool(text: str) -> bool:
+    """true or false, as argparse wants it."""
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+    return text == "true"
+
+
+def make_config(cls: type, settings: dict):
+    """A ModelConfig or TrainConfig from those settings that belong to it. Raises UserError."""
+    try:
+        return cls(**{field.name: settings[field.name] for field in fields(cls) if field.name in settings})
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+# Data: a batch is a pure function of (data, seed, step), so resuming needs no loader state
+
+
+def get_batch(
+    tokens: np.ndarray, model_config: ModelConfig, config: TrainConfig, step: int, micro_step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets, each (batch_size, block_size), of one of the grad_accum micro-steps of a step.
+
+    The offsets of the step's whole batch are drawn at once, whoever computes which part: one process with four
+    micro-steps sees what two processes with two each see.
+    """
+    rng = np.random.default_rng((config.seed, step))
+    offsets = rng.integers(0, len(tokens) - model_config.block_size, size=(config.grad_accum, config.batch_size))
+    return cut_windows(tokens, offsets[micro_step], model_config)
+
+
+def cut_windows(
+    tokens: np.ndarray, offsets: np.ndarray, model_config: ModelConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The windows of block_size tokens that start at `offsets`, and the same windows one token later."""
+    windows = np.stack([tokens[i : i + model_config.block_size + 1] for i in offsets]).astype(np.int64)
+    if windows.max() >= model_config.vocab_size:
+        raise UserError(
+            f"{tokens.filename} holds token id {windows.max()}, beyond vocab_size {model_config.vocab_size}: "
+            "prepare the dataset again with python prepare.py"
+        )
+    windows = torch.from_numpy(windows)
+    return windows[:, :-1], windows[:, 1:]
+
+
+def open_dataset(name: str, settings: dict) -> tuple[ModelConfig, dict, dict[str, np.ndarray]]:
+    """The model's configuration, the dataset's meta.json, and its tokens per split. Raises UserError if they don't fit.
+
+    Without a vocab_size in the settings the model gets the dataset's.
+    """
+    meta = load_meta(name)
+    model_config = make_config(ModelConfig, {"vocab_size": meta["vocab_size"]} | settings)
+    if meta["vocab_size"] > model_config.vocab_size:
+        raise UserError(
+            f"dataset {name!r} has {meta['vocab_size']} token ids, more than vocab_size {model_config.vocab_size}: "
+            "raise vocab_size, or leave it out to take the dataset's"
+        )
+    splits = {split: load_tokens(name, split) for split in SPLITS}
+    for split, tokens in splits.items():
+        if len(tokens) <= model_config.block_size:
+            raise UserError(
+                f"the {split} split of {name!r} has {len(tokens)} tokens, too few for block_size "
+                f"{model_config.block_size}: prepare more text, or choose a smaller block_size"
+            )
+    return model_config, meta, splits
+
+
+# Ranks: one process without torchrun
+
+
+def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
+    """Sum over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def start_ranks(device: str) -> tuple[int, int, str]:
+    """Rank, number of ranks, and this rank's device; joins the process group if torchrun started several."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks == 1:
+        return 0, 1, device
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    # Ranks wait here for rank 0, which may be preparing the data.
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
+    return dist.get_rank(), ranks, device
+
+
+# Training
+
+
+def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices, embeddings and stacked experts, and none on the norms' scales."""
+    parameters = list(model.parameters())
+    matrices = [p for p in parameters if p.dim() >= 2]
+    scales = [p for p in parameters if p.dim() < 2]
+    assert len({id(p) for p in matrices + scales}) == len(matrices) + len(scales) == len(parameters)
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": scales, "weight_decay": 0.0}]
+    fused = model.embed.weight.device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Rises linearly for warmup_steps, then falls along a cosine to min_lr at max_steps."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
+
+
+@torch.no_grad()
+def evaluate(model: GPT, tokens: np.ndarray, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> dict:
+    """Mean cross-entropy (nats per token, no auxiliary loss), balance, z and expert load on the validation split.
+
+    Always the same evenly spaced windows, shared out over the ranks.
+    """
+    block_size, ranks = model.config.block_size, dist.get_world_size() if dist.is_initialized() else 1
+    count = min(config.eval_tokens, len(tokens) - 1) // block_size or 1
+    offsets = np.linspace(0, len(tokens) - block_size - 1, count).astype(np.int64)
+    mine = offsets[dist.get_rank() if ranks > 1 else 0 :: ranks]
+    sums = torch.zeros(3, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+    load = torch.zeros(model.config.n_layer, model.config.n_expert, dtype=torch.long, device=device)
+    model.eval()
+    for start in range(0, len(mine), config.batch_size):
+        x, y = (t.to(device) for t in cut_windows(tokens, mine[start : start + config.batch_size], model.config))
+        with autocast(device, dtype):
+            out = model(x, y)
+        sums += torch.stack([out.loss, out.balance, out.z]).to(sums) * len(x)
+        load += out.load
+    model.train()
+    loss, balance, z = (sum_over_ranks(sums) / count).tolist()
+    share = sum_over_ranks(load) / load.sum(dim=1, keepdim=True)
+    return {
+        "val_loss": loss,
+        "balance": balance,
+        "z": z,
+        "max_expert_share": share.max().item(),
+        "dead_experts": int((load == 0).sum()),
+    }
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write beside, flush, rename: whatever happens, `path` holds a whole checkpoint, the old one or the new one."""
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("wb") as file:
+        torch.save(checkpoint, file)
+        sync(file)
+    os.replace(beside, path)
+
+
+def read_log(path: Path, last_step: int) -> list[dict]:
+    """The rows of a log.csv up to a step."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if int(row["step"]) <= last_step]
+
+
+def write_log(path: Path, rows: list[dict]) -> None:
+    """Write log.csv anew, beside and renamed. Floats to six significant digits."""
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()})
+        sync(file)
+    os.replace(beside, path)
+
+
+class StopRequest:
+    """Notices Ctrl-C and SIGTERM, so that the step under way can be finished and saved. A second one stops at once."""
+
+    def __init__(self):
+        self.seen = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.notice)
+
+    def notice(self, number, frame) -> None:
+        """Signal handler."""
+        self.seen = True
+        signal.signal(number, signal.SIG_DFL)
+
+
+def check_same_run(checkpoint: dict, model_config: ModelConfig, config: TrainConfig, path: Path) -> None:
+    """Raise UserError if going on from the checkpoint with these settings would be another run."""
+    old = checkpoint["train_config"] | checkpoint["model_config"]
+    new = asdict(config) | asdict(model_config)
+    keys = ["dataset", "seed", "batch_size", "grad_accum", *asdict(model_config)]
+    changed = [f"{key} (was {old.get(key)!r}, now {new[key]!r})" for key in keys if old.get(key) != new[key]]
+    if changed:
+        raise UserError(f"can't resume {path} with another {', '.join(changed)}; start anew with another --out_dir")
+
+
+def main() -> None:
+    settings = read_settings(sys.argv[1:])
+    config = make_config(TrainConfig, settings)
+    main_rank = os.environ.get("RANK", "0") == "0"
+    if main_rank and config.dataset in KNOWN and not (DATA / config.dataset / "meta.json").exists():
+        print(f"dataset {config.dataset!r} is not there yet: python prepare.py {config.dataset}")
+        prepare([config.dataset])
+    rank, ranks, device_name = start_ranks(config.device)
+    if config.grad_accum % ranks:
+        raise UserError(f"grad_accum ({config.grad_accum}) must be a multiple of the number of ranks ({ranks})")
+    device = choose_device(device_name)
+    dtype = choose_dtype(config.dtype, device)
+    model_config, meta, data = open_dataset(config.dataset, settings)
+
+    out_dir = Path(config.out_dir)
+    resumed = load_checkpoint(out_dir / "ckpt.pt") if config.resume else None
+    if resumed:
+        check_same_run(resumed, model_config, config, out_dir / "ckpt.pt")
+    elif (out_dir / "ckpt.pt").exists():
+        raise UserError(f"{out_dir} holds a run already: add --resume to go on, choose another --out_dir, or delete it")
+    out_dir.mkdir(parents=True, exist_ok=True)
+
+    torch.manual_seed(config.seed)
+    model = GPT(model_config).to(device)
+    optimizer = make_optimizer(model, config)
+    step, best_val_loss, rows = 0, math.inf, []
+    loss_sum, loss_steps = torch.zeros((), device=device), 0  # training loss since the last evaluation
+    if resumed:
+        model.load_state_dict(resumed["model"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        step, best_val_loss = resumed["step"], resumed["best_val_loss"]
+        loss_sum, loss_steps = resumed["loss_sum"].to(device), resumed["loss_steps"]
+        rows = read_log(out_dir / "log.csv", step)
+    network = torch.compile(model) if config.compile else model  # shares the parameters of `model`
+    if ranks > 1:
+        network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
+
+    tokens_per_step = config.grad_accum * config.batch_size * model_config.block_size
+    if main_rank:
+        parameters, products = model.count_parameters(), model.multiply_adds_per_token()
+        print(
+            f"{ranks} x {device.type} {dtype}, {parameters.total:,} parameters ({parameters.active:,} active), "
+            f"{products.total:,} multiply-adds per token ({products.aggregator / products.total:.0%} aggregator)\n"
+            f"{config.dataset}: {len(data['train']):,} training tokens, seen "
+            f"{config.max_steps * tokens_per_step / len(data['train']):.2f} times; results in {out_dir}"
+        )
+
+    def save(name: str) -> None:
+        checkpoint = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "model_config": asdict(model_config),
+            "train_config": asdict(config),
+            "encoding": meta["encoding"],
+            "step": step,
+            "best_val_loss": best_val_loss,
+            "loss_sum": loss_sum,
+            "loss_steps": loss_steps,
+            "version": VERSION,
+        }
+        save_checkpoint(out_dir / name, checkpoint)
+
+    grad_norm = None
+    timed_steps, timed_seconds = 0, 0.0  # since the last evaluation, without the evaluation
+    started = time.perf_counter()
+    stop = StopRequest()
+    progress = tqdm(total=config.max_steps, initial=step, unit="step", disable=not main_rank)
+    while True:
+        stopping = sum_over_ranks(torch.tensor(float(stop.seen), device=device)).item() > 0
+        evaluated = bool(rows) and int(rows[-1]["step"]) == step
+        if (step % config.eval_interval == 0 or step == config.max_steps) and not evaluated and not stopping:
+            result = evaluate(model, data["val"], config, device, dtype)
+            train_loss = (sum_over_ranks(loss_sum) / ranks / loss_steps).item() if loss_steps else None
+            val_split = meta["splits"]["val"]
+            row = {
+                "step": step,
+                "tokens": step * tokens_per_step,
+                "train_loss": train_loss,
+                "val_loss": result["val_loss"],
+                "val_bpb": result["val_loss"] / math.log(2) * val_split["tokens"] / val_split["bytes"],
+                "balance": result["balance"],
+                "z": result["z"],
+                "lr": learning_rate(step, config),
+                "grad_norm": grad_norm,
+                "tokens_per_s": timed_steps * tokens_per_step / timed_seconds if timed_steps else None,
+                "max_expert_share": result["max_expert_share"],
+                "dead_experts": result["dead_experts"],
+            }
+            rows.append(row)
+            loss_sum, loss_steps, timed_steps, timed_seconds = torch.zeros_like(loss_sum), 0, 0, 0.0
+            if main_rank:
+                tqdm.write(
+                    f"step {step:6}  train {train_loss or math.nan:.4f}  val {row['val_loss']:.4f}  "
+                    f"perplexity {math.exp(row['val_loss']):.2f}  bits per byte {row['val_bpb']:.4f}"
+                )
+                write_log(out_dir / "log.csv", rows)
+                if row["val_loss"] < best_val_loss:
+                    best_val_loss = row["val_loss"]
+                    save("best.pt")
+                save("ckpt.pt")
+        elif stopping and main_rank:
+            save("ckpt.pt")
+        if stopping or step == config.max_steps:
+            break
+
+        start = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        micro_steps = range(rank, config.grad_accum, ranks)
+        step_loss = torch.zeros_like(loss_sum)
+        for micro_step in micro_steps:
+            x, y = (t.to(device) for t in get_batch(data["train"], model_config, config, step, micro_step))
+            last = micro_step == micro_steps[-1]  # gradients are exchanged once per step
+            with nullcontext() if last or ranks == 1 else network.no_sync():
+                with autocast(device, dtype):
+                    out = network(x, y)
+                loss = out.loss + config.balance_coef * out.balance + config.z_coef * out.z
+                (loss / len(micro_steps)).backward()
+            step_loss += out.loss.detach() / len(micro_steps)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
+        if not math.isfinite(grad_norm):
+            progress.close()
+            raise UserError(
+                f"step {step}: loss {step_loss.item()}, gradient norm {grad_norm}; the checkpoint of the last evaluation "
+                f"is kept in {out_dir}. Try a lower --learning_rate or a longer --warmup_steps"
+            )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        loss_sum, loss_steps = loss_sum + step_loss, loss_steps + 1
+        timed_steps, timed_seconds = timed_steps + 1, timed_seconds + time.perf_counter() - start
+        progress.set_postfix_str(
+            f"loss {step_loss.item():.3f}, {tokens_per_step * timed_steps / timed_seconds:,.0f} tokens/s", refresh=False
+        )
+        progress.update()
+    progress.close()
+
+    if main_rank and stopping and step < config.max_steps:
+        arguments = [a for a in sys.argv[1:] if not a.startswith("--resume")]
+        print(f"stopped after step {step} and saved; go on with: python train.py {' '.join(arguments)} --resume")
+    elif main_rank:
+        print(f"{step} steps in {time.perf_counter() - started:.0f} s; best validation loss {best_val_loss:.4f}\n")
+        model.eval()
+        for i in range(2):
+            print(f"--- sample {i + 1} ---")
+            generator = torch.Generator(device).manual_seed(config.seed + i)
+            with autocast(device, dtype):
+                for piece in continue_text(model, meta["encoding"], "", 400, temperature=0.8, generator=generator):
+                    print(piece, end="", flush=True)
+            print()
+        print(f"\nmore: python sample.py {out_dir} --prompt 'TEXT'")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)
