@@ -1,9 +1,9 @@
 """DAG-MoE in one file: a Llama-style GPT whose mixture-of-experts layers combine experts through a small graph.
 
-A sparse mixture-of-experts (MoE) layer sends each token to K of its E experts and adds up the K outputs, weighted by the
-router. DAG-MoE ("From Simple Mixture to Structural Aggregation in Mixture-of-Experts", arXiv 2606.01062 v1) keeps router
-and experts and replaces the sum: the K outputs become the nodes of a graph that is L edges deep. At every depth each node
-receives a message from every node of the depth before, through gates that a light module computes for each token.
+A sparse mixture-of-experts (MoE) layer sends each token to K of its E experts and adds up the K outputs, weighted by
+the router. DAG-MoE ("From Simple Mixture to Structural Aggregation in Mixture-of-Experts", arXiv 2606.01062 v1) keeps
+router and experts and replaces the sum: the K outputs become the nodes of a graph that is L edges deep. At every depth
+each node receives a message from every node of the depth before, through gates that a light module computes per token.
 
 Read from top to bottom. Equation numbers are the paper's; what differs from it is marked "Departure" here and listed in
 README.md. Every layer of the network does, between attention and the next layer, just this (class MoE):
@@ -205,7 +205,7 @@ class Router(nn.Module):
 
         slots = expert.flatten()
         load = torch.zeros(E, dtype=torch.long, device=x.device).scatter_add_(0, slots, torch.ones_like(slots))
-        share = mean_over_ranks(load / slots.numel(), self.training)  # f_e: counts, so no gradient
+        share = mean_over_ranks(load.to(prob.dtype) / slots.numel(), self.training)  # f_e: counts, so no gradient
         balance = E * (share * prob.mean(dim=0)).sum()  # P_e = mean probability: the gradient reaches every expert
         z = logits.logsumexp(dim=-1).square().mean()
         return gate, expert, RouterStats(balance, z, load)
@@ -214,7 +214,7 @@ class Router(nn.Module):
 def mean_over_ranks(x: Tensor, training: bool) -> Tensor:
     """Mean over the ranks of a data-parallel training step; x itself in one process or in evaluation.
 
-    With shares of the whole step's batch the balance loss does not depend on how many ranks share it (arXiv 2501.11873).
+    With all ranks' tokens counted, the balance loss does not depend on the number of ranks (arXiv 2501.11873).
     """
     if training and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(x)
@@ -305,7 +305,8 @@ class DAGLayer(nn.Module):
         edge_to, edge_from = (F.linear(z, w) for w in self.w_edge.weight.chunk(2, dim=1))
         node_to, node_from = (F.linear(z, w) for w in self.w_node.weight.chunk(2, dim=1))
         # Recomputed in the backward pass: what is kept grows with K, not with the K² edges.
-        return checkpoint(self.sum_over_edges, edge_to, edge_from, node_to, node_from, use_reentrant=False)
+        parts = edge_to, edge_from, node_to, node_from  # each (S, K, D)
+        return checkpoint(self.sum_over_edges, *parts, use_reentrant=False, preserve_rng_state=False)
 
     def sum_over_edges(self, edge_to: Tensor, edge_from: Tensor, node_to: Tensor, node_from: Tensor) -> Tensor:
         """Four (S, K, D) → (S, K, D). One source node j at a time, for all targets i."""
@@ -320,9 +321,9 @@ class DAGAggregator(nn.Module):
     """DAG-MoE (Eq. 6 to 12): K·(L+1) nodes, an edge from every node of a depth to every node of the next.
 
     In plain form, with n_i⁰ = g_i E_i(x) + h/K, every depth l adds W_up Σ_j m_ij to node i and the result is Σ_i n_i^L.
-    The sum of the nodes is carried along in `h` instead: Σ_i n_i⁰ = h + Σ_i g_i E_i(x), the standard MoE, and each depth
-    adds its Σ_i to it. That is the same function, keeps the residual stream's precision when nodes are bfloat16, and
-    spares the last depth K - 1 of its K applications of W_up. With W_up = 0 this is WeightedSum exactly.
+    The sum of the nodes is carried along in `h` instead: Σ_i n_i⁰ = h + Σ_i g_i E_i(x), the standard MoE, and each
+    depth adds its Σ_i to it. That is the same function, keeps the residual stream's precision when nodes are bfloat16,
+    and spares the last depth K - 1 of its K applications of W_up. With W_up = 0 this is WeightedSum exactly.
     """
 
     def __init__(self, config: ModelConfig):
@@ -539,7 +540,7 @@ class GPT(nn.Module):
         C, K, H, L, D = c.n_embd, c.top_k, c.expert_dim, c.dag_depth, c.dag_dim
         projections = 2 * C * C + 2 * C * c.n_kv_head * c.head_dim
         scores_and_values = 2 * c.block_size * C
-        # W_down and the four halves of W_edge and W_node on K nodes, W_up on K nodes but once per token at the last depth
+        # W_down and the halves of W_edge and W_node on K nodes; W_up on K nodes too, but at the last depth on their sum
         dag = L * K * (C * D + 4 * D * D) + (L - 1) * K * C * D + C * D
         return MultiplyAdds(
             attention=c.n_layer * (projections + scores_and_values),

@@ -6,8 +6,8 @@
     python prepare.py ~/src --pattern '*.py' --name source --encoding bytes
 
 A .bin is a flat array of token ids (uint16, or uint32 where the vocabulary needs it), every document followed by
-<|endoftext|>. Text flows in one direction: a source yields documents, each goes to one split by a hash of its contents, an
-encoding turns it into ids, and the ids are appended to that split's file.
+<|endoftext|>. Text flows in one direction: a source yields documents, each goes to one split by a hash of its contents,
+an encoding turns it into ids, and the ids are appended to that split's file.
 """
 
 import argparse
@@ -34,13 +34,15 @@ SPLITS = ("train", "val")
 END_OF_TEXT = "<|endoftext|>"  # written between documents; inside a document these characters are ordinary text
 BATCH_CHARACTERS = 4_000_000  # encoded at once: enough to keep all cores busy, little enough to hold in memory
 
-TINYSTORIES_URL = (
-    "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/"
-)
-TINYSTORIES_FILES = {  # split: (file, bytes, sha256), version 2 (written by GPT-4), licence CDLA-Sharing-1.0
-    "train": ("TinyStoriesV2-GPT4-train.txt", 2_227_753_162, "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443"),
-    "val": ("TinyStoriesV2-GPT4-valid.txt", 22_502_601, "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d"),
-}  # fmt: skip
+# Version 2 (written by GPT-4), licence CDLA-Sharing-1.0
+TINYSTORIES_REVISION = "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"
+TINYSTORIES_URL = f"https://huggingface.co/datasets/roneneldan/TinyStories/resolve/{TINYSTORIES_REVISION}/"
+TINYSTORIES_TRAIN_SHA256 = "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443"
+TINYSTORIES_VAL_SHA256 = "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d"
+TINYSTORIES_FILES = {  # split: (file, bytes, checksum)
+    "train": ("TinyStoriesV2-GPT4-train.txt", 2_227_753_162, TINYSTORIES_TRAIN_SHA256),
+    "val": ("TinyStoriesV2-GPT4-valid.txt", 22_502_601, TINYSTORIES_VAL_SHA256),
+}
 GPT2_CACHE_FILES = "6d1cbeee0f20b3d9449abfede4726ed8212e3aee and 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"
 
 
@@ -89,8 +91,8 @@ def get_encoding(name: str) -> tiktoken.Encoding:
     except OSError as error:  # requests' errors are OSErrors
         files = f" with {GPT2_CACHE_FILES}" if name == "gpt2" else ""
         raise UserError(
-            f"the {name} vocabulary can't be fetched ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a folder{files} "
-            "from a machine that has it, or use --encoding bytes"
+            f"the {name} vocabulary can't be fetched ({type(error).__name__}): set TIKTOKEN_CACHE_DIR "
+            f"to a folder{files} from a machine that has it, or use --encoding bytes"
         ) from error
 
 
@@ -313,7 +315,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def write_dataset(source: Source, name: str, encoding: tiktoken.Encoding, val_fraction: float, seed: int) -> dict:
-    """Prepare data/NAME from a source; returns what meta.json holds. An older data/NAME stays until this one is whole."""
+    """Prepare data/NAME from a source; returns what meta.json holds. An older one stays until the new one is whole."""
     unfinished = DATA / f".{name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -374,9 +376,8 @@ def prepare(
     print(f"{DATA / name}: {meta['source']}, {meta['encoding']} encoding, {meta['vocab_size']} ids as {meta['dtype']}")
     print(f"{'':8}{'documents':>12}{'bytes':>16}{'tokens':>16}{'bytes/token':>14}")
     for split, n in meta["splits"].items():
-        print(
-            f"{split:8}{n['documents']:>12,}{n['bytes']:>16,}{n['tokens']:>16,}{n['bytes'] / max(n['tokens'], 1):>14.2f}"
-        )
+        ratio = n["bytes"] / n["tokens"]
+        print(f"{split:8}{n['documents']:>12,}{n['bytes']:>16,}{n['tokens']:>16,}{ratio:>14.2f}")
     return meta
 
 
@@ -388,11 +389,13 @@ def load_meta(name: str) -> dict:
         raise UserError(f"dataset {name!r} is not prepared ({path} is missing); run: {how}")
     try:
         meta = json.loads(path.read_text())
-        get_encoding_arguments = str(meta["encoding"]), int(meta["vocab_size"]), np.dtype(meta["dtype"])
-        for split in SPLITS:
-            assert meta["splits"][split]["tokens"] > 0 and meta["splits"][split]["bytes"] > 0
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise UserError(f"{path} is damaged ({error!r}); run again: {how}") from error
+        usable = meta["vocab_size"] > 0 and np.dtype(meta["dtype"]) == token_dtype(meta["vocab_size"])
+        usable = usable and all(meta["splits"][split][key] > 0 for split in SPLITS for key in ("tokens", "bytes"))
+        usable = usable and isinstance(meta["encoding"], str)
+    except (ValueError, KeyError, TypeError):
+        usable = False
+    if not usable:
+        raise UserError(f"{path} is damaged; run again: {how}")
     return meta
 
 

@@ -6,7 +6,6 @@ Needs nothing but the checkpoint: it holds the model's configuration and the nam
 import argparse
 import codecs
 import pickle
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -32,7 +31,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Precision of the matrix products: "auto" is bfloat16 on a CUDA device that has it, else float32. Raises UserError."""
+    """Precision of matrix products: "auto" is bfloat16 on a CUDA device that has it, else float32. Raises UserError."""
     if name == "auto":
         bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if bfloat16 else torch.float32

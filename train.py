@@ -4,8 +4,8 @@
     python train.py configs/quickstart.toml --aggregator=sum --out_dir=out/sum
     torchrun --standalone --nproc_per_node=8 train.py configs/owt.toml
 
-Settings: the defaults below, then the keys of the config file, then --key=value. Results: OUT_DIR/log.csv with a row per
-evaluation, OUT_DIR/ckpt.pt to go on from with --resume, OUT_DIR/best.pt with the lowest validation loss for sample.py.
+Settings: the defaults below, then the keys of the config file, then --key=value. Results: OUT_DIR/log.csv with a row
+per evaluation, OUT_DIR/ckpt.pt to go on from with --resume, OUT_DIR/best.pt, of the lowest validation loss, to sample.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import inspect
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -385,7 +386,13 @@ def main() -> None:
     timed_steps, timed_seconds = 0, 0.0  # since the last evaluation, without the evaluation
     started = time.perf_counter()
     stop = StopRequest()
-    progress = tqdm(total=config.max_steps, initial=step, unit="step", disable=not main_rank)
+    progress = tqdm(
+        total=config.max_steps,
+        initial=step,
+        unit="step",
+        mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file needs fewer lines than a terminal
+        disable=not main_rank,
+    )
     while True:
         stopping = sum_over_ranks(torch.tensor(float(stop.seen), device=device)).item() > 0
         evaluated = bool(rows) and int(rows[-1]["step"]) == step
@@ -442,23 +449,22 @@ def main() -> None:
         if not math.isfinite(grad_norm):
             progress.close()
             raise UserError(
-                f"step {step}: loss {step_loss.item()}, gradient norm {grad_norm}; the checkpoint of the last evaluation "
-                f"is kept in {out_dir}. Try a lower --learning_rate or a longer --warmup_steps"
+                f"step {step}: loss {step_loss.item()}, gradient norm {grad_norm}. The checkpoint of the last "
+                f"evaluation is kept in {out_dir}; try a lower --learning_rate or a longer --warmup_steps"
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
         loss_sum, loss_steps = loss_sum + step_loss, loss_steps + 1
         timed_steps, timed_seconds = timed_steps + 1, timed_seconds + time.perf_counter() - start
-        progress.set_postfix_str(
-            f"loss {step_loss.item():.3f}, {tokens_per_step * timed_steps / timed_seconds:,.0f} tokens/s", refresh=False
-        )
+        speed = tokens_per_step * timed_steps / timed_seconds
+        progress.set_postfix_str(f"loss {step_loss.item():.3f}, {speed:,.0f} tokens/s", refresh=False)
         progress.update()
     progress.close()
 
     if main_rank and stopping and step < config.max_steps:
-        arguments = [a for a in sys.argv[1:] if not a.startswith("--resume")]
-        print(f"stopped after step {step} and saved; go on with: python train.py {' '.join(arguments)} --resume")
+        command = shlex.join(["python", *sys.argv] + ["--resume"] * (not config.resume))
+        print(f"stopped after step {step} and saved; go on with: {command}")
     elif main_rank:
         print(f"{step} steps in {time.perf_counter() - started:.0f} s; best validation loss {best_val_loss:.4f}\n")
         model.eval()

@@ -1,0 +1,131 @@
+"""The seam (h, out, gate) → h': the DAG against the paper's equations, and what makes it more than a weighted sum."""
+
+import pytest
+import torch
+
+from model import GPT, DAGAggregator, WeightedSum
+from tests.reference import assert_same, plain_dag, randomize, results_and_gradients, tiny_config
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def random_inputs(config, tokens: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    h = torch.randn(tokens, config.n_embd, generator=generator, dtype=dtype)
+    out = torch.randn(tokens, config.top_k, config.n_embd, generator=generator, dtype=dtype)
+    gate = torch.rand(tokens, config.top_k, generator=generator, dtype=dtype).softmax(-1)
+    return {"h": h, "out": out, "gate": gate}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("gate_name", ["sigmoid", "silu"])
+@pytest.mark.parametrize(("depth", "top_k"), [(1, 1), (1, 4), (2, 2), (3, 3)])
+def test_dag_equals_the_papers_equations(depth, top_k, gate_name, dtype):
+    """Value and the gradients of h, out, gate and every weight equal those of the plain Eq. 6 to 12."""
+    config = tiny_config(dag_depth=depth, top_k=top_k, dag_gate=gate_name)
+    aggregator = randomize(DAGAggregator(config)).to(dtype)
+    inputs = random_inputs(config, tokens=5, dtype=dtype)
+    fast = results_and_gradients(aggregator, inputs, aggregator)
+    plain = results_and_gradients(
+        lambda h, out, gate: plain_dag(aggregator, gate_name, h, out, gate), inputs, aggregator
+    )
+    assert len(fast) == 1 + 3 + 5 * depth
+    assert all(x.abs().max() > 1e-3 for x in fast.values()), "a term that vanishes tests nothing"
+    assert_same(fast, plain, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("gate_name", ["sigmoid", "silu"])
+def test_dag_gradcheck(gate_name):
+    """Gradients equal finite differences, also for a node that is exactly zero."""
+    config = tiny_config(n_embd=8, dag_dim=3, dag_depth=2, top_k=2, dag_gate=gate_name)
+    aggregator = randomize(DAGAggregator(config)).double()
+    inputs = random_inputs(config, tokens=2, dtype=torch.float64)
+    arguments = [x.requires_grad_() for x in inputs.values()]
+    weights = list(aggregator.parameters())
+    assert torch.autograd.gradcheck(lambda h, out, gate, *_: aggregator(h, out, gate), (*arguments, *weights))
+
+    zero = aggregator(torch.zeros_like(inputs["h"]), torch.zeros_like(inputs["out"]).requires_grad_(), inputs["gate"])
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(zero.sum(), weights, allow_unused=False))
+
+
+def test_weighted_sum_equals_a_loop():
+    """h + Σ g_i out_i, with gradients."""
+    config = tiny_config()
+    aggregator = WeightedSum(config)
+    inputs = random_inputs(config, tokens=5, dtype=torch.float64)
+
+    def plain(h, out, gate):
+        rows = [h[s] + sum(gate[s, i] * out[s, i] for i in range(config.top_k)) for s in range(len(h))]
+        return torch.stack(rows)
+
+    ours = results_and_gradients(aggregator, inputs, aggregator)
+    assert_same(ours, results_and_gradients(plain, inputs, aggregator), 1e-12)
+
+
+def test_new_dag_model_is_the_sum_model():
+    """W_up = 0: for one seed dag and sum share every other weight and give equal logits (float32, 1e-5)."""
+    tokens = torch.randint(23, (3, 16), generator=torch.Generator().manual_seed(0))
+    models = {}
+    for aggregator in ("sum", "dag"):
+        torch.manual_seed(5)
+        models[aggregator] = GPT(tiny_config(aggregator=aggregator))
+    dag_weights = dict(models["dag"].named_parameters())
+    for name, weight in models["sum"].named_parameters():
+        assert torch.equal(weight, dag_weights[name]), name
+    difference = models["sum"](tokens).logits - models["dag"](tokens).logits
+    assert difference.abs().max() <= 1e-5
+
+    # It must start as the sum, not stay it: W_up gets a gradient.
+    out = models["dag"](tokens, tokens)
+    out.loss.backward()
+    assert all(b.moe.aggregate.layers[-1].w_up.weight.grad.abs().max() > 0 for b in models["dag"].blocks)
+
+
+@pytest.mark.parametrize(("name", "linear"), [("sum", True), ("dag", False)])
+def test_mixed_second_difference(name, linear):
+    """f(a,b) - f(a,0) - f(0,b) + f(0,0) in two expert outputs: zero for the sum, not for the DAG.
+
+    So the DAG is no reparameterised linear combination of the expert outputs.
+    """
+    config = tiny_config(top_k=2)
+    aggregator = randomize({"sum": WeightedSum, "dag": DAGAggregator}[name](config)).double()
+    x = random_inputs(config, tokens=6, dtype=torch.float64)
+
+    def f(first: float, second: float) -> torch.Tensor:
+        return aggregator(x["h"], x["out"] * torch.tensor([first, second]).view(1, 2, 1), x["gate"])
+
+    mixed = (f(1, 1) - f(1, 0) - f(0, 1) + f(0, 0)).abs().max().item()
+    assert mixed < 1e-12 if linear else mixed > 1e-2
+
+
+@pytest.mark.parametrize("cls", [WeightedSum, DAGAggregator])
+def test_order_of_the_experts_does_not_matter(cls):
+    """Both aggregators are symmetric in the K nodes: their order carries no information."""
+    config = tiny_config(top_k=4)
+    aggregator = randomize(cls(config)).double()
+    x = random_inputs(config, tokens=3, dtype=torch.float64)
+    order = torch.tensor([2, 0, 3, 1])
+    permuted = aggregator(x["h"], x["out"][:, order], x["gate"][:, order])
+    assert (permuted - aggregator(**x)).abs().max() < 1e-12
+
+
+def test_nothing_grows_with_the_number_of_edges():
+    """What the DAG keeps for the backward pass grows with K, not with K²: no edge tensor is stored."""
+    kept = {}
+    for top_k in (4, 8):
+        config = tiny_config(n_embd=64, dag_dim=16, dag_depth=1, top_k=top_k)
+        aggregator = randomize(DAGAggregator(config))
+        storages = {}
+        weights = {p.untyped_storage().data_ptr() for p in aggregator.parameters()}
+
+        def pack(x, storages=storages, weights=weights):
+            if x.untyped_storage().data_ptr() not in weights:
+                storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            inputs = {k: v.requires_grad_() for k, v in random_inputs(config, 32, torch.float32).items()}
+            result = aggregator(**inputs)
+        kept[top_k] = sum(storages.values())
+        assert result.requires_grad
+    assert kept[8] <= 2.1 * kept[4], kept
