@@ -11,6 +11,7 @@ an encoding turns it into ids, and the ids are appended to that split's file.
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -23,7 +24,7 @@ import sysconfig
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import tiktoken
@@ -206,23 +207,19 @@ def download(url: str, path: Path, size: int, sha256: str) -> None:
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
     digest = hashlib.sha256()
     try:
-        with urllib.request.urlopen(url, timeout=60) as response, partial.open("wb") as file:
-            with tqdm(desc=path.name, total=size, unit="B", unit_scale=True) as bar:
+        with urllib.request.urlopen(url, timeout=60) as response, replacing(path) as file:
+            with tqdm(desc=path.name, total=size, unit="B", unit_scale=True) as progress:
                 while chunk := response.read(1 << 20):
                     file.write(chunk)
                     digest.update(chunk)
-                    bar.update(len(chunk))
-            sync(file)
+                    progress.update(len(chunk))
+            if file.tell() != size or digest.hexdigest() != sha256:
+                got = f"{file.tell():,} bytes instead of {size:,}" if file.tell() != size else "another checksum"
+                raise UserError(f"{url} is not the published file ({got}); try again")
     except OSError as error:  # urllib's errors are OSErrors
         raise UserError(f"can't download {url} ({error}); fetch it by hand and save it as {path}") from error
-    if digest.hexdigest() != sha256:
-        got = partial.stat().st_size
-        partial.unlink()
-        raise UserError(f"{url} is not the published file: {got:,} bytes instead of {size:,}, or another checksum")
-    os.replace(partial, path)
 
 
 KNOWN = {"stdlib": stdlib_source, "tinystories": tinystories_source}  # datasets that train.py can prepare by itself
@@ -270,43 +267,59 @@ class Splitter:
 # Writing and reading a prepared dataset
 
 
-def sync(file) -> None:
+def sync(file: IO) -> None:
     """Make sure that what was written is on the disk before the file gets its final name."""
     file.flush()
     os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: str = "wb") -> Iterator[IO]:
+    """Open a file beside `path` that takes its name when the block ends; after an error the old file stays."""
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with beside.open(mode) as file:
+            yield file
+            sync(file)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def write_bins(source: Source, folder: Path, encoding: tiktoken.Encoding, splitter: Splitter) -> dict[str, dict]:
     """Read all documents once and write folder/{train,val}.bin. Returns documents, bytes and tokens per split."""
     dtype = token_dtype(encoding.n_vocab)
     counts = {split: {"documents": 0, "bytes": 0, "tokens": 0} for split in SPLITS}
-    files = {split: (folder / f"{split}.bin").open("wb") for split in SPLITS}
-    progress = tqdm(desc="tokenizing", total=source.size, unit="B", unit_scale=True)
-
-    def write(batch: list[tuple[str, str]]) -> None:
-        for (split, text), ids in zip(batch, encode(encoding, [text for _, text in batch], dtype), strict=True):
-            size = len(text.encode())
-            files[split].write(ids.tobytes())
-            counts[split]["documents"] += 1
-            counts[split]["bytes"] += size
-            counts[split]["tokens"] += len(ids)
-            progress.update(size)
-
-    batch, characters = [], 0
-    for document in source.documents():
-        for split, text in splitter(document):
-            if text:  # an empty document teaches nothing
-                batch.append((split, text))
-                characters += len(text)
-        if characters >= BATCH_CHARACTERS:
-            write(batch)
-            batch, characters = [], 0
-    write(batch)
-    progress.close()
-    for file in files.values():
-        sync(file)
-        file.close()
+    with (
+        (folder / "train.bin").open("wb") as train,
+        (folder / "val.bin").open("wb") as val,
+        tqdm(desc="tokenizing", total=source.size, unit="B", unit_scale=True) as progress,
+    ):
+        files = {"train": train, "val": val}
+        for batch in batches(pair for document in source.documents() for pair in splitter(document)):
+            for (split, text), ids in zip(batch, encode(encoding, [text for _, text in batch], dtype), strict=True):
+                files[split].write(ids.tobytes())
+                counts[split]["documents"] += 1
+                counts[split]["bytes"] += len(text.encode())
+                counts[split]["tokens"] += len(ids)
+            progress.update(sum(len(text.encode()) for _, text in batch))
+        for file in files.values():
+            sync(file)
     return counts
+
+
+def batches(pairs: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Group (split, text) into lists of about BATCH_CHARACTERS, leaving out empty texts: they teach nothing."""
+    batch, characters = [], 0
+    for split, text in pairs:
+        if text:
+            batch.append((split, text))
+            characters += len(text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -7,7 +7,7 @@ import argparse
 import codecs
 import pickle
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -41,8 +41,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """Weights stay in float32; in this context matrix products are computed in `dtype`."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    """Weights stay in float32; in this context, which can be entered again and again, products are in `dtype`."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 def load_checkpoint(path: Path) -> dict:

@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 import tomllib
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -32,8 +32,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import GPT, VERSION, ModelConfig, check_types
-from prepare import DATA, KNOWN, SPLITS, Parser, UserError, load_meta, load_tokens, prepare, run, sync
+from prepare import DATA, KNOWN, SPLITS, Parser, UserError, load_meta, load_tokens, prepare, replacing, run
 from sample import autocast, choose_device, choose_dtype, continue_text, load_checkpoint
+
+LOG_COLUMNS = (
+    "step", "tokens", "train_loss", "val_loss", "val_bpb", "balance", "z",
+    "lr", "grad_norm", "tokens_per_s", "max_expert_share", "dead_experts",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -191,27 +196,30 @@ def open_dataset(name: str, settings: dict) -> tuple[ModelConfig, dict, dict[str
     return model_config, meta, splits
 
 
-# Ranks: one process without torchrun
+# Ranks: one process, or several that torchrun started
+
+
+def join_ranks(device: str) -> str:
+    """Join the process group if torchrun started several processes. Returns the device of this one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device in ("auto", "cuda") and torch.cuda.is_available():
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may be preparing the data first
+    return device
+
+
+def this_rank() -> tuple[int, int]:
+    """This process' rank, and the number of ranks."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
-    """Sum over all ranks, in place."""
+    """Sum of x over all ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
-
-
-def start_ranks(device: str) -> tuple[int, int, str]:
-    """Rank, number of ranks, and this rank's device; joins the process group if torchrun started several."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if ranks == 1:
-        return 0, 1, device
-    if device in ("auto", "cuda") and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    # Ranks wait here for rank 0, which may be preparing the data.
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
-    return dist.get_rank(), ranks, device
 
 
 # Training
@@ -237,63 +245,43 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: GPT, tokens: np.ndarray, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> dict:
-    """Mean cross-entropy (nats per token, no auxiliary loss), balance, z and expert load on the validation split.
+def evaluate(model: GPT, tokens: np.ndarray, config: TrainConfig, cast: AbstractContextManager) -> dict:
+    """Mean cross-entropy (nats per token, nothing else in it), router losses and expert load on the validation split.
 
     Always the same evenly spaced windows, shared out over the ranks.
     """
-    block_size, ranks = model.config.block_size, dist.get_world_size() if dist.is_initialized() else 1
-    count = min(config.eval_tokens, len(tokens) - 1) // block_size or 1
-    offsets = np.linspace(0, len(tokens) - block_size - 1, count).astype(np.int64)
-    mine = offsets[dist.get_rank() if ranks > 1 else 0 :: ranks]
+    rank, ranks = this_rank()
+    block_size, device = model.config.block_size, model.embed.weight.device
+    count = max(1, min(config.eval_tokens, len(tokens) - 1) // block_size)
+    offsets = np.linspace(0, len(tokens) - block_size - 1, count).astype(np.int64)[rank::ranks]
     sums = torch.zeros(3, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
-    load = torch.zeros(model.config.n_layer, model.config.n_expert, dtype=torch.long, device=device)
+    load = torch.zeros(model.config.n_layer, model.config.n_expert, device=device, dtype=torch.long)
     model.eval()
-    for start in range(0, len(mine), config.batch_size):
-        x, y = (t.to(device) for t in cut_windows(tokens, mine[start : start + config.batch_size], model.config))
-        with autocast(device, dtype):
-            out = model(x, y)
+    for start in range(0, len(offsets), config.batch_size):
+        x, y = cut_windows(tokens, offsets[start : start + config.batch_size], model.config)
+        with cast:
+            out = model(x.to(device), y.to(device))
         sums += torch.stack([out.loss, out.balance, out.z]).to(sums) * len(x)
         load += out.load
     model.train()
-    loss, balance, z = (sum_over_ranks(sums) / count).tolist()
+    val_loss, balance, z = (sum_over_ranks(sums) / count).tolist()
     share = sum_over_ranks(load) / load.sum(dim=1, keepdim=True)
     return {
-        "val_loss": loss,
+        "val_loss": val_loss,
         "balance": balance,
         "z": z,
-        "max_expert_share": share.max().item(),
-        "dead_experts": int((load == 0).sum()),
+        "max_expert_share": share.max().item(),  # of the slots of its layer
+        "dead_experts": int((load == 0).sum()),  # in all layers together
     }
 
 
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write beside, flush, rename: whatever happens, `path` holds a whole checkpoint, the old one or the new one."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("wb") as file:
-        torch.save(checkpoint, file)
-        sync(file)
-    os.replace(beside, path)
-
-
-def read_log(path: Path, last_step: int) -> list[dict]:
-    """The rows of a log.csv up to a step."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if int(row["step"]) <= last_step]
-
-
 def write_log(path: Path, rows: list[dict]) -> None:
-    """Write log.csv anew, beside and renamed. Floats to six significant digits."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+    """Write log.csv anew; floats to six significant digits, an empty field where there is no value yet."""
+    with replacing(path, "w") as file:
+        writer = csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n")
         writer.writeheader()
         for row in rows:
             writer.writerow({key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()})
-        sync(file)
-    os.replace(beside, path)
 
 
 class StopRequest:
@@ -304,20 +292,35 @@ class StopRequest:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.notice)
 
-    def notice(self, number, frame) -> None:
+    def notice(self, number: int, frame) -> None:
         """Signal handler."""
         self.seen = True
         signal.signal(number, signal.SIG_DFL)
 
 
-def check_same_run(checkpoint: dict, model_config: ModelConfig, config: TrainConfig, path: Path) -> None:
-    """Raise UserError if going on from the checkpoint with these settings would be another run."""
+def load_run(path: Path, model_config: ModelConfig, config: TrainConfig) -> dict:
+    """The checkpoint to go on from. Raises UserError if going on with these settings would be another run."""
+    checkpoint = load_checkpoint(path)
     old = checkpoint["train_config"] | checkpoint["model_config"]
     new = asdict(config) | asdict(model_config)
     keys = ["dataset", "seed", "batch_size", "grad_accum", *asdict(model_config)]
     changed = [f"{key} (was {old.get(key)!r}, now {new[key]!r})" for key in keys if old.get(key) != new[key]]
     if changed:
         raise UserError(f"can't resume {path} with another {', '.join(changed)}; start anew with another --out_dir")
+    return checkpoint
+
+
+def print_samples(model: GPT, encoding: str, config: TrainConfig, cast: AbstractContextManager) -> None:
+    """Two short texts, to see what was learned."""
+    device = model.embed.weight.device
+    model.eval()
+    for i in range(2):
+        print(f"\n--- sample {i + 1} ---")
+        generator = torch.Generator(device).manual_seed(config.seed + i)
+        with cast:
+            for piece in continue_text(model, encoding, "", 400, temperature=0.8, generator=generator):
+                print(piece, end="", flush=True)
+        print()
 
 
 def main() -> None:
@@ -327,45 +330,29 @@ def main() -> None:
     if main_rank and config.dataset in KNOWN and not (DATA / config.dataset / "meta.json").exists():
         print(f"dataset {config.dataset!r} is not there yet: python prepare.py {config.dataset}")
         prepare([config.dataset])
-    rank, ranks, device_name = start_ranks(config.device)
+    device = choose_device(join_ranks(config.device))
+    cast = autocast(device, choose_dtype(config.dtype, device))
+    rank, ranks = this_rank()
     if config.grad_accum % ranks:
         raise UserError(f"grad_accum ({config.grad_accum}) must be a multiple of the number of ranks ({ranks})")
-    device = choose_device(device_name)
-    dtype = choose_dtype(config.dtype, device)
     model_config, meta, data = open_dataset(config.dataset, settings)
 
     out_dir = Path(config.out_dir)
-    resumed = load_checkpoint(out_dir / "ckpt.pt") if config.resume else None
-    if resumed:
-        check_same_run(resumed, model_config, config, out_dir / "ckpt.pt")
-    elif (out_dir / "ckpt.pt").exists():
+    resumed = load_run(out_dir / "ckpt.pt", model_config, config) if config.resume else None
+    if not resumed and (out_dir / "ckpt.pt").exists():
         raise UserError(f"{out_dir} holds a run already: add --resume to go on, choose another --out_dir, or delete it")
     out_dir.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(config.seed)
     model = GPT(model_config).to(device)
     optimizer = make_optimizer(model, config)
-    step, best_val_loss, rows = 0, math.inf, []
-    loss_sum, loss_steps = torch.zeros((), device=device), 0  # training loss since the last evaluation
+    step, best_val_loss, log = 0, math.inf, []
+    loss_sum, loss_steps, grad_norm = 0.0, 0, None  # training loss since the last evaluation; norm of the last gradient
     if resumed:
         model.load_state_dict(resumed["model"])
         optimizer.load_state_dict(resumed["optimizer"])
-        step, best_val_loss = resumed["step"], resumed["best_val_loss"]
-        loss_sum, loss_steps = resumed["loss_sum"].to(device), resumed["loss_steps"]
-        rows = read_log(out_dir / "log.csv", step)
-    network = torch.compile(model) if config.compile else model  # shares the parameters of `model`
-    if ranks > 1:
-        network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
-
-    tokens_per_step = config.grad_accum * config.batch_size * model_config.block_size
-    if main_rank:
-        parameters, products = model.count_parameters(), model.multiply_adds_per_token()
-        print(
-            f"{ranks} x {device.type} {dtype}, {parameters.total:,} parameters ({parameters.active:,} active), "
-            f"{products.total:,} multiply-adds per token ({products.aggregator / products.total:.0%} aggregator)\n"
-            f"{config.dataset}: {len(data['train']):,} training tokens, seen "
-            f"{config.max_steps * tokens_per_step / len(data['train']):.2f} times; results in {out_dir}"
-        )
+        step, best_val_loss, log = resumed["step"], resumed["best_val_loss"], resumed["log"]
+        loss_sum, loss_steps, grad_norm = resumed["loss_sum"], resumed["loss_steps"], resumed["grad_norm"]
 
     def save(name: str) -> None:
         checkpoint = {
@@ -376,107 +363,111 @@ def main() -> None:
             "encoding": meta["encoding"],
             "step": step,
             "best_val_loss": best_val_loss,
+            "log": log,
             "loss_sum": loss_sum,
             "loss_steps": loss_steps,
+            "grad_norm": grad_norm,
             "version": VERSION,
         }
-        save_checkpoint(out_dir / name, checkpoint)
+        with replacing(out_dir / name) as file:
+            torch.save(checkpoint, file)
 
-    grad_norm = None
-    timed_steps, timed_seconds = 0, 0.0  # since the last evaluation, without the evaluation
+    network = torch.compile(model) if config.compile else model  # has the parameters of `model`, not copies
+    if ranks > 1:
+        network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
+    tokens_per_step = config.grad_accum * config.batch_size * model_config.block_size
+    if main_rank:
+        size, cost = model.count_parameters(), model.multiply_adds_per_token()
+        print(
+            f"{ranks} x {device.type}, {choose_dtype(config.dtype, device)}; "
+            f"{size.total:,} parameters, {size.active:,} active per token\n"
+            f"{cost.total:,} multiply-adds per token, {cost.aggregator / cost.total:.0%} of them in the aggregator\n"
+            f"{config.max_steps:,} steps of {tokens_per_step:,} tokens, which is "
+            f"{config.max_steps * tokens_per_step / len(data['train']):.2f} times all of {config.dataset}; "
+            f"results in {out_dir}"
+        )
+
+    stop, stopping = StopRequest(), False
     started = time.perf_counter()
-    stop = StopRequest()
-    progress = tqdm(
+    timed_steps, timed_seconds = 0, 0.0  # since the last evaluation, evaluations left out
+    bar = tqdm(
         total=config.max_steps,
         initial=step,
         unit="step",
-        mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file needs fewer lines than a terminal
+        mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file wants fewer lines than a terminal
         disable=not main_rank,
     )
-    while True:
-        stopping = sum_over_ranks(torch.tensor(float(stop.seen), device=device)).item() > 0
-        evaluated = bool(rows) and int(rows[-1]["step"]) == step
-        if (step % config.eval_interval == 0 or step == config.max_steps) and not evaluated and not stopping:
-            result = evaluate(model, data["val"], config, device, dtype)
-            train_loss = (sum_over_ranks(loss_sum) / ranks / loss_steps).item() if loss_steps else None
-            val_split = meta["splits"]["val"]
-            row = {
-                "step": step,
-                "tokens": step * tokens_per_step,
-                "train_loss": train_loss,
-                "val_loss": result["val_loss"],
-                "val_bpb": result["val_loss"] / math.log(2) * val_split["tokens"] / val_split["bytes"],
-                "balance": result["balance"],
-                "z": result["z"],
-                "lr": learning_rate(step, config),
-                "grad_norm": grad_norm,
-                "tokens_per_s": timed_steps * tokens_per_step / timed_seconds if timed_steps else None,
-                "max_expert_share": result["max_expert_share"],
-                "dead_experts": result["dead_experts"],
-            }
-            rows.append(row)
-            loss_sum, loss_steps, timed_steps, timed_seconds = torch.zeros_like(loss_sum), 0, 0, 0.0
-            if main_rank:
-                tqdm.write(
-                    f"step {step:6}  train {train_loss or math.nan:.4f}  val {row['val_loss']:.4f}  "
-                    f"perplexity {math.exp(row['val_loss']):.2f}  bits per byte {row['val_bpb']:.4f}"
+    with bar:
+        while True:
+            due = step % config.eval_interval == 0 or step == config.max_steps
+            if due and not stopping and not (log and log[-1]["step"] == step):
+                result = evaluate(model, data["val"], config, cast)
+                val = meta["splits"]["val"]
+                row = {
+                    "step": step,
+                    "tokens": step * tokens_per_step,
+                    "train_loss": loss_sum / loss_steps if loss_steps else None,
+                    "val_bpb": result["val_loss"] / math.log(2) * val["tokens"] / val["bytes"],  # bits per byte
+                    "lr": learning_rate(step, config),
+                    "grad_norm": grad_norm,
+                    "tokens_per_s": timed_steps * tokens_per_step / timed_seconds if timed_steps else None,
+                }
+                log.append(row | result)
+                loss_sum, loss_steps, timed_steps, timed_seconds = 0.0, 0, 0, 0.0
+                if main_rank:
+                    tqdm.write(
+                        f"step {step:>6}: validation loss {result['val_loss']:.4f}, "
+                        f"perplexity {math.exp(result['val_loss']):.2f}, bits per byte {row['val_bpb']:.4f}"
+                    )
+                    write_log(out_dir / "log.csv", log)
+                    if result["val_loss"] < best_val_loss:
+                        best_val_loss = result["val_loss"]
+                        save("best.pt")
+                    save("ckpt.pt")
+            if stopping or step == config.max_steps:
+                break
+
+            start = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config)
+            micro_steps = range(rank, config.grad_accum, ranks)
+            step_loss = 0.0
+            for micro_step in micro_steps:
+                x, y = get_batch(data["train"], model_config, config, step, micro_step)
+                exchange = ranks == 1 or micro_step == micro_steps[-1]  # gradients: once per step
+                with nullcontext() if exchange else network.no_sync():
+                    with cast:
+                        out = network(x.to(device), y.to(device))
+                    loss = out.loss + config.balance_coef * out.balance + config.z_coef * out.z
+                    (loss / len(micro_steps)).backward()
+                step_loss += out.loss.detach() / len(micro_steps)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            # Whether to stop is decided by all ranks together, at the same step.
+            totals = sum_over_ranks(torch.stack([step_loss, torch.full_like(step_loss, stop.seen)]))
+            step_loss, stopping, grad_norm = totals[0].item() / ranks, totals[1].item() > 0, grad_norm.item()
+            if not math.isfinite(step_loss) or not math.isfinite(grad_norm):
+                raise UserError(
+                    f"step {step}: loss {step_loss}, gradient norm {grad_norm}. The checkpoint of the last evaluation "
+                    f"is kept in {out_dir}; try a lower --learning_rate or a longer --warmup_steps"
                 )
-                write_log(out_dir / "log.csv", rows)
-                if row["val_loss"] < best_val_loss:
-                    best_val_loss = row["val_loss"]
-                    save("best.pt")
-                save("ckpt.pt")
-        elif stopping and main_rank:
-            save("ckpt.pt")
-        if stopping or step == config.max_steps:
-            break
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            loss_sum, loss_steps = loss_sum + step_loss, loss_steps + 1
+            timed_steps, timed_seconds = timed_steps + 1, timed_seconds + time.perf_counter() - start
+            tokens_per_s = timed_steps * tokens_per_step / timed_seconds
+            bar.set_postfix_str(f"loss {step_loss:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
+            bar.update()
 
-        start = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
-        micro_steps = range(rank, config.grad_accum, ranks)
-        step_loss = torch.zeros_like(loss_sum)
-        for micro_step in micro_steps:
-            x, y = (t.to(device) for t in get_batch(data["train"], model_config, config, step, micro_step))
-            last = micro_step == micro_steps[-1]  # gradients are exchanged once per step
-            with nullcontext() if last or ranks == 1 else network.no_sync():
-                with autocast(device, dtype):
-                    out = network(x, y)
-                loss = out.loss + config.balance_coef * out.balance + config.z_coef * out.z
-                (loss / len(micro_steps)).backward()
-            step_loss += out.loss.detach() / len(micro_steps)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
-        if not math.isfinite(grad_norm):
-            progress.close()
-            raise UserError(
-                f"step {step}: loss {step_loss.item()}, gradient norm {grad_norm}. The checkpoint of the last "
-                f"evaluation is kept in {out_dir}; try a lower --learning_rate or a longer --warmup_steps"
-            )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        loss_sum, loss_steps = loss_sum + step_loss, loss_steps + 1
-        timed_steps, timed_seconds = timed_steps + 1, timed_seconds + time.perf_counter() - start
-        speed = tokens_per_step * timed_steps / timed_seconds
-        progress.set_postfix_str(f"loss {step_loss.item():.3f}, {speed:,.0f} tokens/s", refresh=False)
-        progress.update()
-    progress.close()
-
-    if main_rank and stopping and step < config.max_steps:
+    if main_rank and stopping:
+        save("ckpt.pt")
         command = shlex.join(["python", *sys.argv] + ["--resume"] * (not config.resume))
         print(f"stopped after step {step} and saved; go on with: {command}")
     elif main_rank:
-        print(f"{step} steps in {time.perf_counter() - started:.0f} s; best validation loss {best_val_loss:.4f}\n")
-        model.eval()
-        for i in range(2):
-            print(f"--- sample {i + 1} ---")
-            generator = torch.Generator(device).manual_seed(config.seed + i)
-            with autocast(device, dtype):
-                for piece in continue_text(model, meta["encoding"], "", 400, temperature=0.8, generator=generator):
-                    print(piece, end="", flush=True)
-            print()
-        print(f"\nmore: python sample.py {out_dir} --prompt 'TEXT'")
-    if dist.is_initialized():
+        print(f"{time.perf_counter() - started:.0f} s for training; lowest validation loss {best_val_loss:.4f}")
+        print_samples(model, meta["encoding"], config, cast)
+        print(f"\nfor more: python sample.py {out_dir} --prompt 'YOUR TEXT'")
+    if ranks > 1:
         dist.destroy_process_group()
 
 

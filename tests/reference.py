@@ -1,4 +1,4 @@
-"""The slow, plain versions that the fast code must equal: loops over tokens, experts, nodes and edges, nothing shared."""
+"""The slow, plain versions that the fast code must equal: loops over tokens, experts, nodes and edges."""
 
 import torch
 import torch.nn.functional as F
