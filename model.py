@@ -428,7 +428,9 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        seed = int(torch.randint(2**62, (), device="cpu"))  # before the layers' own default initialisation draws anything
+        seed = int(
+            torch.randint(2**62, (), device="cpu")
+        )  # before the layers' own default initialisation draws anything
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd)

@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -275,6 +276,31 @@ def evaluate(model: GPT, tokens: np.ndarray, config: TrainConfig, cast: Abstract
     }
 
 
+def accumulate_gradients(
+    network: nn.Module,
+    tokens: np.ndarray,
+    model_config: ModelConfig,
+    config: TrainConfig,
+    step: int,
+    cast: AbstractContextManager,
+) -> torch.Tensor:
+    """Add this step's gradient, averaged over its micro-steps, to the parameters. Returns this rank's mean loss."""
+    rank, ranks = this_rank()
+    micro_steps = range(rank, config.grad_accum, ranks)
+    device = next(network.parameters()).device
+    mean_loss = torch.zeros((), device=device)
+    for micro_step in micro_steps:
+        x, y = get_batch(tokens, model_config, config, step, micro_step)
+        exchange = ranks == 1 or micro_step == micro_steps[-1]  # ranks average their gradients once per step
+        with nullcontext() if exchange else network.no_sync():
+            with cast:
+                out = network(x.to(device), y.to(device))
+            loss = out.loss + config.balance_coef * out.balance + config.z_coef * out.z
+            (loss / len(micro_steps)).backward()
+        mean_loss += out.loss.detach() / len(micro_steps)
+    return mean_loss
+
+
 def write_log(path: Path, rows: list[dict]) -> None:
     """Write log.csv anew; floats to six significant digits, an empty field where there is no value yet."""
     with replacing(path, "w") as file:
@@ -310,6 +336,27 @@ def load_run(path: Path, model_config: ModelConfig, config: TrainConfig) -> dict
     return checkpoint
 
 
+def tokens_per_step(model_config: ModelConfig, config: TrainConfig) -> int:
+    """Tokens of one optimizer step, over all micro-steps and ranks."""
+    return config.grad_accum * config.batch_size * model_config.block_size
+
+
+def print_plan(model: GPT, tokens: np.ndarray, config: TrainConfig, device: torch.device) -> None:
+    """What is about to be computed, on what, and how much of it."""
+    size, cost, per_step = (
+        model.count_parameters(),
+        model.multiply_adds_per_token(),
+        tokens_per_step(model.config, config),
+    )
+    print(
+        f"{this_rank()[1]} x {device.type}, {choose_dtype(config.dtype, device)}; "
+        f"{size.total:,} parameters, {size.active:,} active per token\n"
+        f"{cost.total:,} multiply-adds per token, {cost.aggregator / cost.total:.0%} of them in the aggregator\n"
+        f"{config.max_steps:,} steps of {per_step:,} tokens, which is {config.max_steps * per_step / len(tokens):.2f} "
+        f"times all of {config.dataset}; results in {config.out_dir}"
+    )
+
+
 def print_samples(model: GPT, encoding: str, config: TrainConfig, cast: AbstractContextManager) -> None:
     """Two short texts, to see what was learned."""
     device = model.embed.weight.device
@@ -332,7 +379,7 @@ def main() -> None:
         prepare([config.dataset])
     device = choose_device(join_ranks(config.device))
     cast = autocast(device, choose_dtype(config.dtype, device))
-    rank, ranks = this_rank()
+    _, ranks = this_rank()
     if config.grad_accum % ranks:
         raise UserError(f"grad_accum ({config.grad_accum}) must be a multiple of the number of ranks ({ranks})")
     model_config, meta, data = open_dataset(config.dataset, settings)
@@ -375,17 +422,9 @@ def main() -> None:
     network = torch.compile(model) if config.compile else model  # has the parameters of `model`, not copies
     if ranks > 1:
         network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
-    tokens_per_step = config.grad_accum * config.batch_size * model_config.block_size
+    step_tokens = tokens_per_step(model_config, config)
     if main_rank:
-        size, cost = model.count_parameters(), model.multiply_adds_per_token()
-        print(
-            f"{ranks} x {device.type}, {choose_dtype(config.dtype, device)}; "
-            f"{size.total:,} parameters, {size.active:,} active per token\n"
-            f"{cost.total:,} multiply-adds per token, {cost.aggregator / cost.total:.0%} of them in the aggregator\n"
-            f"{config.max_steps:,} steps of {tokens_per_step:,} tokens, which is "
-            f"{config.max_steps * tokens_per_step / len(data['train']):.2f} times all of {config.dataset}; "
-            f"results in {out_dir}"
-        )
+        print_plan(model, data["train"], config, device)
 
     stop, stopping = StopRequest(), False
     started = time.perf_counter()
@@ -405,12 +444,12 @@ def main() -> None:
                 val = meta["splits"]["val"]
                 row = {
                     "step": step,
-                    "tokens": step * tokens_per_step,
+                    "tokens": step * step_tokens,
                     "train_loss": loss_sum / loss_steps if loss_steps else None,
                     "val_bpb": result["val_loss"] / math.log(2) * val["tokens"] / val["bytes"],  # bits per byte
                     "lr": learning_rate(step, config),
                     "grad_norm": grad_norm,
-                    "tokens_per_s": timed_steps * tokens_per_step / timed_seconds if timed_steps else None,
+                    "tokens_per_s": timed_steps * step_tokens / timed_seconds if timed_steps else None,
                 }
                 log.append(row | result)
                 loss_sum, loss_steps, timed_steps, timed_seconds = 0.0, 0, 0, 0.0
@@ -430,17 +469,7 @@ def main() -> None:
             start = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config)
-            micro_steps = range(rank, config.grad_accum, ranks)
-            step_loss = 0.0
-            for micro_step in micro_steps:
-                x, y = get_batch(data["train"], model_config, config, step, micro_step)
-                exchange = ranks == 1 or micro_step == micro_steps[-1]  # gradients: once per step
-                with nullcontext() if exchange else network.no_sync():
-                    with cast:
-                        out = network(x.to(device), y.to(device))
-                    loss = out.loss + config.balance_coef * out.balance + config.z_coef * out.z
-                    (loss / len(micro_steps)).backward()
-                step_loss += out.loss.detach() / len(micro_steps)
+            step_loss = accumulate_gradients(network, data["train"], model_config, config, step, cast)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             # Whether to stop is decided by all ranks together, at the same step.
             totals = sum_over_ranks(torch.stack([step_loss, torch.full_like(step_loss, stop.seen)]))
@@ -455,7 +484,7 @@ def main() -> None:
             step += 1
             loss_sum, loss_steps = loss_sum + step_loss, loss_steps + 1
             timed_steps, timed_seconds = timed_steps + 1, timed_seconds + time.perf_counter() - start
-            tokens_per_s = timed_steps * tokens_per_step / timed_seconds
+            tokens_per_s = timed_steps * step_tokens / timed_seconds
             bar.set_postfix_str(f"loss {step_loss:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
             bar.update()
 
