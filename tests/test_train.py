@@ -84,6 +84,21 @@ def test_evaluation_equals_a_plain_loop(corpus):
     assert train.evaluate(model, tokens, all_tokens, train.nullcontext())["dead_experts"] == 0
 
 
+def test_accumulation_gives_the_gradient_of_the_whole_batch(corpus):
+    """Four micro-steps add up to the mean loss and the mean gradient of one large batch."""
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(block_size=16, n_layer=1))
+    tokens = prepare.load_tokens("tiny", "train")
+    results = []
+    for batch_size, grad_accum in ((8, 1), (2, 4)):
+        config = TrainConfig(batch_size=batch_size, grad_accum=grad_accum, balance_coef=0.0)
+        model.zero_grad()
+        loss = train.accumulate_gradients(model, tokens, model.config, config, 3, train.nullcontext())
+        results.append([loss, *(p.grad.clone() for p in model.parameters())])
+    for whole, parts in zip(*results, strict=True):
+        assert (whole - parts).abs().max() <= 1e-6
+
+
 # Optimizer and schedule
 
 
