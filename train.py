@@ -95,15 +95,17 @@ def read_settings(argv: list[str]) -> dict:
         prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("config", nargs="?", type=Path, help="a file such as configs/quickstart.toml")
-    known = {}
+    known, flags = {}, set()
     for config in (TrainConfig, ModelConfig):
         group = parser.add_argument_group(config.__name__)
         comments = dict(re.findall(r"^ {4}(\w+): .*?  # (.+)$", inspect.getsource(config), re.MULTILINE))
         for field in fields(config):
             known[field.name] = field.type
-            flag = {"nargs": "?", "const": True, "type": parse_bool} if field.type is bool else {"type": field.type}
+            flags |= {f"--{field.name}"} if field.type is bool else set()
+            kind = parse_bool if field.type is bool else field.type
             help = f"{comments[field.name]} (default: {field.default})".replace("%", "%%")
-            group.add_argument(f"--{field.name}", default=argparse.SUPPRESS, metavar="VALUE", help=help, **flag)
+            group.add_argument(f"--{field.name}", default=argparse.SUPPRESS, metavar="VALUE", type=kind, help=help)
+    argv = [f"{argument}=true" if argument in flags else argument for argument in argv]  # --compile: --compile=true
     arguments, unknown = parser.parse_known_args(argv)
     for argument in unknown:
         raise UserError(unknown_key(argument.removeprefix("--").split("=")[0], argument, known))

@@ -99,6 +99,21 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(corpus):
         assert (whole - parts).abs().max() <= 1e-6
 
 
+def test_what_is_minimised(corpus):
+    """Cross-entropy + balance_coef · balance + z_coef · z, each weighted once; the loss reported is the first alone."""
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(block_size=16, n_layer=1))
+    tokens = prepare.load_tokens("tiny", "train")
+    config = TrainConfig(batch_size=4, balance_coef=0.5, z_coef=0.25)
+    loss = train.accumulate_gradients(model, tokens, model.config, config, 0, train.nullcontext())
+    got = [p.grad.clone() for p in model.parameters()]
+    out = model(*train.get_batch(tokens, model.config, config, 0, 0))
+    expected = torch.autograd.grad(out.loss + 0.5 * out.balance + 0.25 * out.z, list(model.parameters()))
+    assert loss.item() == pytest.approx(out.loss.item(), abs=1e-6)
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).abs().max() <= 1e-6
+
+
 # Optimizer and schedule
 
 
@@ -267,7 +282,7 @@ def test_known_dataset_is_prepared_on_the_spot(call, workdir, monkeypatch):
 def test_settings_come_from_defaults_config_and_command_line(workdir):
     """Defaults, then the config file, then --key=value; a bare flag is true."""
     Path("small.toml").write_text("n_layer = 3\nlearning_rate = 1\ncompile = true\nn_embd = 64\n")
-    settings = train.read_settings(["small.toml", "--n_layer=5", "--compile=false", "--resume", "--dag_gate", "silu"])
+    settings = train.read_settings(["--resume", "small.toml", "--n_layer=5", "--compile=false", "--dag_gate", "silu"])
     config, model_config = train.make_config(TrainConfig, settings), train.make_config(ModelConfig, settings)
     assert (model_config.n_layer, model_config.n_embd, model_config.dag_gate, model_config.n_head) == (5, 64, "silu", 4)
     assert (config.learning_rate, config.compile, config.resume, config.out_dir) == (1, False, True, "out/small")
