@@ -188,6 +188,12 @@ class Reader:
         yield rest
 
 
+def read_text(path: Path) -> str:
+    """The whole text of a UTF-8 file. Raises UserError."""
+    with tqdm(disable=True) as progress:
+        return "".join(Reader("strict", progress).chunks(path))
+
+
 class Piece(NamedTuple):
     """A document, or the next part of one too long to be held in memory."""
 
@@ -339,8 +345,14 @@ def openwebtext_source(base_url: str | None) -> Source:
     val = set(order[:OPENWEBTEXT_VAL_DOCUMENTS].tolist())
 
     def documents(reader: Reader) -> Iterator[Piece]:
+        index = -1
         for index, text in enumerate(read_openwebtext(reader, paths)):
             yield from document([text], "val" if index in val else "train")
+        if index + 1 != OPENWEBTEXT_DOCUMENTS:
+            raise UserError(
+                f"the archives in {folder} hold {index + 1:,} documents instead of the published "
+                f"{OPENWEBTEXT_DOCUMENTS:,}: delete them to download them again"
+            )
 
     return Source(f"OpenWebText, {url}", paths, documents, published_split=True)
 
@@ -751,6 +763,9 @@ def prepare(
         source = local_source([save_stdin(name) if w == "-" else w for w in what], pattern, field)
     meta = write_dataset(source, name, loaded, val_fraction, seed, errors, workers)
     print_table(meta)
+    if what == ["openwebtext"] and encoding == "gpt2":
+        agree = all(meta["splits"][split]["tokens"] == tokens for split, tokens in OPENWEBTEXT_TOKENS.items())
+        print(f"the numbers of tokens {'equal' if agree else 'differ from'} nanoGPT's: {OPENWEBTEXT_TOKENS}")
     return meta
 
 
