@@ -484,7 +484,7 @@ def test_an_interrupted_run_goes_on(corpus, workdir, call, monkeypatch):
     before = snapshot(prepare.DATA / "tiny")
     make_corpus(workdir / "more", 70)
     prepare.prepare(["more"], name="undisturbed", encoding="bytes")
-    monkeypatch.setattr(prepare, "BATCH", 200)  # a batch per document
+    monkeypatch.setattr(prepare, "BATCH", 1)  # a batch per document
     monkeypatch.setattr(prepare, "SHARD", 4)
     chunks, encode, encoded = prepare.Reader.chunks, prepare.encode, []
 
