@@ -98,6 +98,10 @@ def run(main: Callable[[], None]) -> None:
     """Run a script's main(). UserError and operating system errors become one line on stderr and exit status 2."""
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output has seen enough: | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

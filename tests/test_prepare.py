@@ -7,6 +7,8 @@ import http.server
 import io
 import json
 import lzma
+import os
+import subprocess
 import sys
 import tarfile
 import threading
@@ -562,6 +564,16 @@ def test_a_full_disk(workdir, call, refused, monkeypatch):
     status, out, _ = call(prepare, "text", "--encoding=bytes")
     assert status == 0 and "going on after" in out
     assert len(all_documents("text")) == 30
+
+
+def test_a_reader_that_has_seen_enough(corpus, workdir):
+    """`python prepare.py --check tiny | head` ends without a word on stderr when head closes the pipe."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, prepare.__file__, "--check=tiny"]
+    result = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, cwd=workdir)
+    os.close(write_end)
+    assert result.returncode == 1 and result.stderr == b""
 
 
 def test_check(corpus, call, refused):
