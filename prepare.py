@@ -77,6 +77,8 @@ OPENWEBTEXT_DOCUMENTS = 8_013_769
 OPENWEBTEXT_VAL_DOCUMENTS = 4_007  # nanoGPT's split: a share of 0.0005, seed 2357
 OPENWEBTEXT_TOKENS = {"train": 9_035_582_198, "val": 4_434_897}  # gpt2, as nanoGPT counts them
 OPENWEBTEXT_BYTES = (13_300_000_000, 18_100_000_000)  # disk space: archives, .bin files in the gpt2 encoding
+OPENWEBTEXT_TEXT = 40_000_000_000  # bytes, about
+MEGABYTES_PER_SECOND = 8  # of text per thread, gpt2, as `python bench.py prepare` measured it on two cores
 GPT2_CACHE_FILES = "6d1cbeee0f20b3d9449abfede4726ed8212e3aee and 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"
 
 
@@ -327,7 +329,7 @@ def tinystories_source(base_url: str | None, version: int) -> Source:
     return Source(f"TinyStories version {version}, {url}", list(paths.values()), documents, published_split=True)
 
 
-def openwebtext_source(base_url: str | None) -> Source:
+def openwebtext_source(base_url: str | None, workers: int) -> Source:
     """OpenWebText with nanoGPT's split. 21 archives, each a tar of tar.xz files of documents, read as one stream."""
     url, folder = base_url or OPENWEBTEXT_URL, DATA / "openwebtext" / "raw"
     paths = [folder / f"urlsf_subset{i:02}.tar" for i in range(OPENWEBTEXT_ARCHIVES)]
@@ -335,9 +337,11 @@ def openwebtext_source(base_url: str | None) -> Source:
     missing = archives * sum(not path.exists() for path in paths) // len(paths)
     DATA.mkdir(exist_ok=True)
     free = shutil.disk_usage(DATA).free
+    hours = OPENWEBTEXT_TEXT / (MEGABYTES_PER_SECOND * 1e6 * workers) / 3600
     print(
-        f"OpenWebText: {archives / 1e9:.0f} GB of archives ({missing / 1e9:.1f} GB still to download), "
-        f"{tokens / 1e9:.0f} GB of tokens, 40 GB of text to tokenize; {free / 1e9:.0f} GB free in {DATA}/"
+        f"OpenWebText needs {archives / 1e9:.0f} GB for the archives ({missing / 1e9:.1f} GB still to download), "
+        f"{tokens / 1e9:.0f} GB for the tokens ({free / 1e9:.0f} GB are free in {DATA}/), less than 1 GB of memory, and "
+        f"after the download about {hours:.1f} hours with {workers} threads"
     )
     if free < missing + tokens:
         raise UserError(
@@ -762,7 +766,7 @@ def prepare(
     elif what == ["tinystories"]:
         source = tinystories_source(base_url, version=1 if v1 else 2)
     elif what == ["openwebtext"]:
-        source = openwebtext_source(base_url)
+        source = openwebtext_source(base_url, workers)
     else:
         source = local_source([save_stdin(name) if w == "-" else w for w in what], pattern, field)
     meta = write_dataset(source, name, loaded, val_fraction, seed, errors, workers)

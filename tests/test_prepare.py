@@ -430,7 +430,7 @@ def test_openwebtext(publisher, refused, call, monkeypatch, workdir):
     refused("GB free, OpenWebText needs", prepare, *arguments)
     monkeypatch.setattr(prepare, "OPENWEBTEXT_BYTES", (10**6, 10**6))
     status, out, error = call(prepare, *arguments)
-    assert status == 0 and "GB of archives" in out, error
+    assert status == 0 and "hours with" in out and "GB for the tokens" in out, error
     cleaned = [f"Page {i}\n\n日本 {'text ' * 50}".strip().encode() for i in range(8)]
     val = set(np.random.default_rng(2357).permutation(8)[:2].tolist())
     assert read_documents("openwebtext") == {
