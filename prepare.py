@@ -340,8 +340,8 @@ def openwebtext_source(base_url: str | None, workers: int) -> Source:
     hours = OPENWEBTEXT_TEXT / (MEGABYTES_PER_SECOND * 1e6 * workers) / 3600
     print(
         f"OpenWebText needs {archives / 1e9:.0f} GB for the archives ({missing / 1e9:.1f} GB still to download), "
-        f"{tokens / 1e9:.0f} GB for the tokens ({free / 1e9:.0f} GB are free in {DATA}/), less than 1 GB of memory, and "
-        f"after the download about {hours:.1f} hours with {workers} threads"
+        f"{tokens / 1e9:.0f} GB for the tokens ({free / 1e9:.0f} GB are free in {DATA}/), less than 1 GB of memory, "
+        f"and after the download about {hours:.1f} hours with {workers} threads"
     )
     if free < missing + tokens:
         raise UserError(
