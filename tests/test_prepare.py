@@ -16,6 +16,7 @@ import time
 
 import numpy as np
 import pytest
+import regex  # tiktoken needs it, so it is there
 import tiktoken
 
 import prepare
@@ -180,6 +181,30 @@ def test_a_single_document_is_cut_and_few_still_fill_both_splits(workdir, call, 
             assert len(documents["train"] + documents["val"]) == count
 
 
+# How gpt2 and cl100k_base split text into words before they encode them
+WORDS = {
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+    "cl100k_base": (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+        r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_long_documents_are_cut_between_words(name):
+    """Where find_cut cuts, the words of the two parts are the words of the whole."""
+    rng = np.random.default_rng(1)
+    alphabet = np.array(["a", "Z", "7", "'s", ".", " ", "\n", "\r\n", "é", "日", "。"])
+    for length in (8, 30, 200) * 100:
+        text = "".join(rng.choice(alphabet, length))
+        cut = prepare.find_cut(text)
+        if cut < len(text):
+            assert cut >= len(text) // 2
+            parts = regex.findall(WORDS[name], text[:cut]) + regex.findall(WORDS[name], text[cut:])
+            assert parts == regex.findall(WORDS[name], text)
+
+
 def test_nothing_depends_on_workers_or_batches(corpus, monkeypatch):
     """1, 2 and 4 threads, small batches and large ones: the same bytes."""
     before = snapshot(prepare.DATA / "tiny")
@@ -232,6 +257,14 @@ def test_json_lines_compressed_files_and_standard_input(workdir, call, monkeypat
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(texts[0].encode())))
     assert call(prepare, "-", *common)[0] == 0
     assert b"".join(all_documents("other")) == texts[0].encode()
+
+
+def test_the_place_of_an_undecodable_byte(workdir, refused, monkeypatch):
+    """The offset is that of the byte in the file, also where a character is cut by a chunk."""
+    (workdir / "bad.txt").write_bytes("abc€".encode() + b"d" * 9 + b"\xe6\x97x")
+    for piece in (1, 4, 5, 16, 100):
+        monkeypatch.setattr(prepare, "PIECE", piece)
+        refused("bad.txt is not UTF-8 text: byte 0xe6 at offset 15", prepare, "bad.txt", "--encoding=bytes")
 
 
 def test_undecodable_bytes_are_replaced_by_choice_and_counted(workdir, call, monkeypatch):
