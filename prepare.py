@@ -304,7 +304,8 @@ def local_source(arguments: list[str], pattern: str, field: str | None) -> Sourc
         else:
             known = ", ".join(KNOWN)
             raise UserError(f"{path} does not exist; give a file, a folder or one of the known datasets: {known}")
-    return files_source(" ".join(arguments), list(dict.fromkeys(paths)), field)
+    description = " ".join(arguments) + (f", field {field!r}" if field else "")
+    return files_source(description, list(dict.fromkeys(paths)), field)
 
 
 def tinystories_source(base_url: str | None, version: int) -> Source:
@@ -622,86 +623,84 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
-def write_bins(
-    source, folder: Path, encoding: tiktoken.Encoding, splitter: Splitter, errors: str, workers: int
-) -> dict:
-    """Read all documents once and write folder/{train,val}.bin. Returns documents, bytes and tokens per split.
-
-    Every SHARD batches the state is saved. A run that was interrupted, with the same settings and files, reads its
-    documents again but encodes and writes only what comes after that.
-    """
-    identity = {
-        "encoding": encoding.name,
-        "split": [splitter.key.decode(), splitter.threshold, splitter.cut_at],
-        "errors": errors,
-        "sizes": [PIECE, BATCH],
-        "files": hashlib.sha256(
-            repr([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in source.files]).encode()
-        ).hexdigest(),
-    }
-    state_path = folder / "state.json"
+def load_state(path: Path, identity: list) -> dict:
+    """What an interrupted run with the same settings and files had written when it last saved, or the start of a run."""
     try:
-        state = json.loads(state_path.read_text())
-        goes_on = state["identity"] == identity and state["done"] > 0
-        goes_on = goes_on and all((folder / f"{s}.bin").stat().st_size >= state["file_size"][s] for s in SPLITS)
+        state = json.loads(path.read_text())
+        whole = all(path.with_name(f"{split}.bin").stat().st_size >= state["file_size"][split] for split in SPLITS)
+        if state["identity"] == identity and whole and state["done"] > 0:
+            tqdm.write(f"going on after {state['done']} batches of an interrupted run")
+            return state
     except (OSError, ValueError, KeyError, TypeError):
-        goes_on = False
-    if not goes_on:
-        counts = {split: {"documents": 0, "bytes": 0, "tokens": 0} for split in SPLITS}
-        state = {"identity": identity, "done": 0, "file_size": dict.fromkeys(SPLITS, 0), "counts": counts}
-    counts = state["counts"]
-    splitter.reset()
-    size = sum(path.stat().st_size for path in source.files)
-    with contextlib.ExitStack() as stack:
-        files = {s: stack.enter_context((folder / f"{s}.bin").open("r+b" if goes_on else "wb")) for s in SPLITS}
-        for split, file in files.items():
+        pass  # nothing usable: not an error, only more work
+    counts = {split: {"documents": 0, "bytes": 0, "tokens": 0} for split in SPLITS}
+    return {"identity": identity, "done": 0, "file_size": dict.fromkeys(SPLITS, 0), "counts": counts}
+
+
+def write_bins(
+    source: Source, folder: Path, encoding: tiktoken.Encoding, splitter: Splitter, errors: str, workers: int
+) -> tuple[dict, dict]:
+    """Read all documents once and write folder/{train,val}.bin. Returns what was written per split, and what was not.
+
+    Every SHARD batches the state is saved. A run that was interrupted reads its documents again, but encodes and writes
+    only what comes after that.
+    """
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in source.files]
+    settings = [source.description, encoding.name, errors, PIECE, BATCH]
+    split = [splitter.key.decode(), splitter.threshold, splitter.cut_at]
+    state = load_state(folder / "state.json", [*settings, *split, hashlib.sha256(repr(files).encode()).hexdigest()])
+    done, counts = state["done"], state["counts"]
+    size = sum(size for _, size, _ in files)
+    with (
+        (folder / "train.bin").open("ab") as train,
+        (folder / "val.bin").open("ab") as val,
+        tqdm(desc="tokenizing", total=size, unit="B", unit_scale=True) as progress,
+    ):
+        bins = {"train": train, "val": val}
+        for split, file in bins.items():
             file.truncate(state["file_size"][split])
             file.seek(0, os.SEEK_END)
 
-        def save(done: int) -> None:
-            for split, file in files.items():
+        def save() -> None:
+            for split, file in bins.items():
                 sync(file)
                 state["file_size"][split] = file.tell()
             state["done"] = done
-            with replacing(state_path, "w") as file:
+            with replacing(folder / "state.json", "w") as file:
                 json.dump(state, file)
 
-        progress = stack.enter_context(tqdm(desc="tokenizing", total=size, unit="B", unit_scale=True))
-        if goes_on:
-            tqdm.write(f"going on after {state['done']} batches of an interrupted run")
         reader = Reader(errors, progress)
-        done = state["done"]
+        splitter.reset()
         todo = itertools.islice(batches(splitter(source.documents(reader))), done, None)
         for result in encode_all(encoding, todo, workers):
             for split, (ids, documents, text_bytes) in result.items():
-                files[split].write(ids.tobytes())
+                bins[split].write(ids.tobytes())
                 counts[split]["documents"] += documents
                 counts[split]["bytes"] += text_bytes
                 counts[split]["tokens"] += len(ids)
             done += 1
             if done % SHARD == 0:
-                save(done)
-        save(done)
-    return counts | {"empty": splitter.empty, "replaced": reader.replaced}
+                save()
+        save()
+    return counts, {"empty": splitter.empty, "replaced": reader.replaced}
 
 
 def write_dataset(
     source: Source, name: str, encoding: tiktoken.Encoding, val_fraction: float, seed: int, errors: str, workers: int
 ) -> dict:
     """Prepare data/NAME from a source; returns what meta.json holds. An older one stays until the new one is whole."""
-    unfinished = DATA / f".{name}.unfinished"
-    unfinished.mkdir(parents=True, exist_ok=True)
     splitter = Splitter(val_fraction, seed)
     if not source.published_split:
         with tqdm(desc="looking at the documents", unit="B", unit_scale=True, leave=False) as progress:
             splitter.settle(source.documents(Reader(errors, progress)))
+    unfinished = DATA / f".{name}.unfinished"
+    unfinished.mkdir(parents=True, exist_ok=True)
     try:
-        counts = write_bins(source, unfinished, encoding, splitter, errors, workers)
+        counts, left_out = write_bins(source, unfinished, encoding, splitter, errors, workers)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise UserError(f"no space left in {DATA}/: make room and start again, it will go on") from error
         raise
-    other = {key: counts.pop(key) for key in ("empty", "replaced")}
     for split in SPLITS:
         if not counts[split]["tokens"]:
             shutil.rmtree(unfinished)
@@ -714,7 +713,7 @@ def write_dataset(
         "vocab_size": encoding.n_vocab,
         "dtype": token_dtype(encoding.n_vocab).name,
         "splits": counts,
-        **other,
+        **left_out,
         "source": source.description,
         "val_fraction": val_fraction,
         "seed": seed,
