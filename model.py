@@ -11,7 +11,7 @@ README.md. Every layer of the network does, between attention and the next layer
     x = RMSNorm(h)                            # (S, C)
     gate, expert, stats = router(x)           # (S, K), (S, K)
     out = experts(x, expert)                  # (S, K, C), one slot per selected expert
-    h = aggregate(h, out, gate)               # (S, C): WeightedSum or DAGAggregator, the one place where they differ
+    h = aggregate(h, out, gate)               # (S, C): here WeightedSum and DAGAggregator differ
 
 Symbols, here and in every shape comment:
 
@@ -68,7 +68,7 @@ class ModelConfig:
     tie_embeddings: bool = True  # output head shares the token embedding's weights
     n_expert: int = 16  # E, experts per layer
     top_k: int = 4  # K, experts selected per token
-    norm_topk: bool = True  # renormalise the K selected router probabilities to sum to 1
+    norm_topk: bool = True  # renormalise the K selected router probabilities to sum to 1 (for K = 1: to 1)
     expert_dim: int = 64  # H, hidden size of each SwiGLU expert
     aggregator: str = "dag"  # how the K outputs are combined: sum | dag
     dag_depth: int = 2  # L, depth of the graph
@@ -298,8 +298,8 @@ class DAGLayer(nn.Module):
         C = node.shape[-1]
         # Eq. 7: z_i = W_down RMSNorm(n_i). Departure: RMSNorm for the paper's LN, as everywhere in the backbone.
         # The norm divides a node by one number, which may as well be done after the product, where the row is short.
-        length = torch.linalg.vector_norm(node, dim=-1, keepdim=True, dtype=self.norm.weight.dtype)
-        scale = (length.square() / C + NORM_EPS).rsqrt()  # 1 / root mean square
+        norm = torch.linalg.vector_norm(node, dim=-1, keepdim=True, dtype=self.norm.weight.dtype)
+        scale = (norm.square() / C + NORM_EPS).rsqrt()  # 1 / root mean square
         z = F.linear(node, self.w_down.weight * self.norm.weight) * scale.to(node.dtype)  # (S, K, D)
         # Eq. 8: W concat(z_i, z_j) = W₁ z_i + W₂ z_j, so four D×D products per node serve all K² edges.
         edge_to, edge_from = (F.linear(z, w) for w in self.w_edge.weight.chunk(2, dim=1))
@@ -428,9 +428,8 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        seed = int(
-            torch.randint(2**62, (), device="cpu")
-        )  # before the layers' own default initialisation draws anything
+        # Drawn before the layers' own default initialisation draws anything.
+        seed = int(torch.randint(2**62, (), device="cpu"))
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd)
@@ -480,7 +479,7 @@ class GPT(nn.Module):
         return self.norm(h), stats
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Output:
-        """tokens (B, T) ids, targets (B, T) ids or -1 where no loss is wanted → Output."""
+        """tokens (B, T) ids, T ≥ 1, targets (B, T) ids or -1 where no loss is wanted (not everywhere) → Output."""
         x, stats = self.hidden(tokens)
         logits = self.head(x)  # (B, T, vocab_size)
         loss = None
@@ -562,15 +561,13 @@ def choose(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
     """logits (B, vocab_size) → (B) ids: greedy at temperature 0, else sampled from the top_k and top_p likeliest."""
-    if temperature == 0:
+    if temperature < 1e-4:  # dividing by less would overflow, and the likeliest wins anyway
         return logits.argmax(dim=-1)
     logits, token = (logits / temperature).sort(dim=-1, descending=True)  # likeliest first
     prob = logits.softmax(dim=-1)
     if top_p is not None:
-        before = (
-            prob.cumsum(dim=-1) - prob
-        )  # probability of all likelier tokens: zero for the first, which always stays
-        prob = prob.masked_fill(before >= top_p, 0.0)
+        likelier = prob.cumsum(dim=-1)[:, :-1]  # total probability of all tokens before the second, the third, ...
+        prob[:, 1:] = prob[:, 1:].masked_fill(likelier >= top_p, 0.0)
     if top_k is not None:
         prob[:, top_k:] = 0.0
     choice = torch.multinomial(prob, 1, generator=generator)

@@ -98,14 +98,17 @@ class Parser(argparse.ArgumentParser):
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's main(). UserError and operating system errors become one line on stderr and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that can't show a character must not end a run
     try:
         main()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has seen enough: | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError, MemoryError) as error:
+        print(f"error: {str(error) or 'out of memory'}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -181,7 +184,7 @@ class Reader:
                 byte = error.object[error.start]
                 raise UserError(
                     f"{name} is not UTF-8 text: byte {byte:#04x} at offset {start + error.start}; convert it first "
-                    "(iconv -f latin1 -t utf-8), or use --errors replace"
+                    "(iconv -f ITS_ENCODING -t utf-8), or use --errors replace"
                 ) from error
             offset += len(chunk)
 
@@ -265,7 +268,7 @@ def read_jsonl(reader: Reader, path: Path, field: str) -> Iterator[Piece]:
     for number, line in enumerate(reader.lines(path), start=1):
         if line.strip():
             try:
-                text = json.loads(line)[field]
+                text = json.loads(line.removeprefix("\ufeff"))[field]
             except (ValueError, KeyError, TypeError, RecursionError):
                 text = None
             if not isinstance(text, str):
@@ -295,7 +298,12 @@ def local_source(arguments: list[str], pattern: str, field: str | None) -> Sourc
     paths = []
     for path in map(Path, arguments):
         if path.is_dir():
-            found = sorted(p for p in path.rglob(pattern) if p.is_file())
+            try:
+                found = sorted(p for p in path.rglob(pattern) if p.is_file())
+            except (ValueError, NotImplementedError) as error:
+                raise UserError(
+                    f"--pattern {pattern!r} can't be searched for ({error}); use one such as '*.md'"
+                ) from error
             if not found:
                 raise UserError(f"no file in {path} matches {pattern!r}; choose another --pattern, such as '*.md'")
             paths += found
@@ -401,6 +409,8 @@ def download(url: str, path: Path, size: int | None = None, sha256: str | None =
     Length and checksum are verified where they are known. Raises UserError, which says how to do it by hand.
     """
     if path.exists():
+        if size not in (None, path.stat().st_size):
+            raise UserError(f"{path} has {path.stat().st_size:,} bytes instead of the published {size:,}: delete it")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -420,6 +430,8 @@ def download(url: str, path: Path, size: int | None = None, sha256: str | None =
                     raise UserError(
                         f"{url} can't be downloaded ({problem}); try another --base-url, {by_hand}"
                     ) from error
+            except ValueError as error:
+                raise UserError(f"{url} is no address to download from ({error}); mend --base-url") from error
             except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
                 problem = str(getattr(error, "reason", error))
                 if isinstance(getattr(error, "reason", None), socket.gaierror | ConnectionRefusedError) and not before:
@@ -539,7 +551,7 @@ class Splitter:
                 return
         if self.documents and self.smallest == self.largest:
             self.cut_at = int(self.characters / self.documents * (1 - self.val_fraction))
-            print("only one document: its beginning becomes train, its end val")
+            print("only one document, or copies of one: its beginning becomes train, its end val")
         elif self.documents:
             self.threshold = self.largest if seen == {"val"} else self.smallest + 1
             print(f"{self.documents} documents, by chance all in {seen.pop()}: the nearest one goes to the other split")
@@ -624,7 +636,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def load_state(path: Path, identity: list) -> dict:
-    """What an interrupted run with the same settings and files had written when it last saved, or the start of a run."""
+    """What an interrupted run with the same settings and files had written when it last saved, or a fresh start."""
     try:
         state = json.loads(path.read_text())
         whole = all(path.with_name(f"{split}.bin").stat().st_size >= state["file_size"][split] for split in SPLITS)
@@ -745,15 +757,31 @@ def prepare(
     """Prepare a known dataset (one name) or local files and folders; returns what meta.json holds. Raises UserError."""
     if not 0 < val_fraction < 1:
         raise UserError(f"--val-fraction must lie between 0 and 1, got {val_fraction}")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed must be at least 0 and below 2**63, got {seed}")
     workers = (os.cpu_count() or 1) if workers is None else workers
     if workers < 1:
         raise UserError(f"--workers must be at least 1, got {workers}")
     known = [w for w in what if w in KNOWN]
     if known and len(what) > 1:
         raise UserError(f"{known[0]} is prepared alone: python prepare.py {known[0]}")
+    if what.count("-") > 1:
+        raise UserError("standard input (-) can be read only once")
+    for option, given, where in (
+        ("--v1", v1, ("tinystories",)),
+        ("--base-url", base_url, ("tinystories", "openwebtext")),
+    ):
+        if given and what[0] not in where:
+            raise UserError(f"{option} is for {' and '.join(where)} only")
+    if field and known:
+        raise UserError(f"--field is for .jsonl files, not for {known[0]}")
     if name is None:
         plain = re.sub(r"(\.(txt|jsonl))?(\.(gz|xz))?$", "", Path(what[0]).resolve().name)
         name = known[0] + "-v1" * v1 if known else "stdin" if what[0] == "-" else plain
+        if name in KNOWN and not known:
+            raise UserError(
+                f"{what[0]} would be prepared under the name of a known dataset; choose another with --name"
+            )
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise UserError(f"{name!r} can't be the name of a dataset (letters, digits, _ . -); choose one with --name")
     if encoding is None:
@@ -778,6 +806,8 @@ def prepare(
 
 def save_stdin(name: str) -> str:
     """Copy standard input to data/NAME/raw/stdin, because documents may have to be read twice. Returns the path."""
+    if sys.stdin is None:
+        raise UserError("standard input is closed; pipe text into python prepare.py -")
     path = DATA / name / "raw" / "stdin"
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
@@ -811,7 +841,7 @@ def load_meta(name: str) -> dict:
         usable = meta["vocab_size"] > 0 and np.dtype(meta["dtype"]) == token_dtype(meta["vocab_size"])
         usable = usable and all(meta["splits"][split][key] > 0 for split in SPLITS for key in ("tokens", "bytes"))
         usable = usable and isinstance(meta["encoding"], str)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         usable = False
     if not usable:
         raise UserError(f"{path} is damaged; run again: {how}")
@@ -837,7 +867,7 @@ def check(name: str) -> None:
     encoding = get_encoding(meta["encoding"])
     for split in SPLITS:
         load_tokens(name, split)  # checks the length
-        if file_sha256(DATA / name / f"{split}.bin") != meta["splits"][split]["sha256"]:
+        if file_sha256(DATA / name / f"{split}.bin") != meta["splits"][split].get("sha256"):
             raise UserError(f"{DATA / name / split}.bin is not what was written (checksum); prepare {name} again")
     print_table(meta)
     first = load_tokens(name, "train")[:2000].tolist()

@@ -5,7 +5,7 @@ Needs nothing but the checkpoint: it holds the model's configuration and the nam
 
 import argparse
 import codecs
-import pickle
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -15,7 +15,11 @@ import torch
 from model import GPT, ModelConfig
 from prepare import Parser, UserError, get_encoding, read_text, run
 
-CHECKPOINT_KEYS = ("model", "optimizer", "model_config", "train_config", "encoding", "step", "best_val_loss", "version")
+CHECKPOINT_TYPES = {  # what train.py writes
+    "model": dict, "optimizer": dict, "model_config": dict, "train_config": dict, "encoding": str, "step": int,
+    "best_val_loss": float, "log": list, "loss_sum": float, "loss_steps": int, "grad_norm": float | None,
+    "version": str,
+}  # fmt: skip
 
 
 def choose_device(name: str) -> torch.device:
@@ -25,8 +29,11 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} can't be used here ({str(error).splitlines()[0]}); try cpu") from error
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0][:100]
+        raise UserError(f"device {name!r} can't be used here ({reason}); try cpu") from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device {name!r} can't be used here; choose auto, cpu, cuda or mps")
     return device
 
 
@@ -52,13 +59,14 @@ def load_checkpoint(path: Path) -> dict:
             f"{path} does not exist; train a model first, for example: python train.py configs/quickstart.toml"
         )
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged or not a checkpoint ({reason})") from error
-    if not isinstance(checkpoint, dict) or (missing := [key for key in CHECKPOINT_KEYS if key not in checkpoint]):
-        missing = missing if isinstance(checkpoint, dict) else CHECKPOINT_KEYS
-        raise UserError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(missing)}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch stumbles over: the file is not what train.py wrote
+        raise UserError(f"{path} is damaged or not a checkpoint of train.py ({type(error).__name__})") from error
+    for key, kind in CHECKPOINT_TYPES.items():
+        if not isinstance(checkpoint, dict) or key not in checkpoint or not isinstance(checkpoint[key], kind):
+            raise UserError(f"{path} is not a checkpoint of train.py: {key!r} is missing or of another type")
     return checkpoint
 
 
@@ -68,8 +76,14 @@ def load_model(path: Path, device: torch.device) -> tuple[GPT, dict]:
     try:
         model = GPT(ModelConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} does not fit this version of model.py ({str(error).splitlines()[0]})") from error
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(
+            f"{path} does not fit this version of model.py ({str(error).splitlines()[-1].strip()})"
+        ) from error
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise UserError(f"{path} holds weights that are not finite: the run diverged; use an earlier checkpoint")
+    if get_encoding(checkpoint["encoding"]).n_vocab > model.config.vocab_size:
+        raise UserError(f"{path} is damaged: its {checkpoint['encoding']} encoding has more ids than its model")
     return model.to(device).eval(), checkpoint
 
 
@@ -113,6 +127,8 @@ def main() -> None:
         value = getattr(args, name)
         if value is not None and not value >= least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if args.seed >= 2**63:
+        raise UserError(f"--seed must be below 2**63, got {args.seed}")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise UserError(f"--top-p must lie above 0 and not above 1, got {args.top_p}")
 

@@ -33,7 +33,19 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import GPT, VERSION, ModelConfig, check_types
-from prepare import DATA, KNOWN, SPLITS, Parser, UserError, load_meta, load_tokens, prepare, replacing, run
+from prepare import (
+    DATA,
+    KNOWN,
+    SPLITS,
+    Parser,
+    UserError,
+    get_encoding,
+    load_meta,
+    load_tokens,
+    prepare,
+    replacing,
+    run,
+)  # fmt: skip
 from sample import autocast, choose_device, choose_dtype, continue_text, load_checkpoint
 
 LOG_COLUMNS = (
@@ -47,7 +59,7 @@ class TrainConfig:
     """Everything else that determines a run. Raises ValueError, showing the numbers, for what can't be meant."""
 
     dataset: str = "stdlib"  # folder below data/, made by prepare.py
-    out_dir: str = ""  # where results go (default: out/ and the config file's name)
+    out_dir: str = ""  # where results go; if empty, out/ and the config file's name
     seed: int = 1337  # of the initial weights and of the order of the data
     max_steps: int = 1000  # optimizer steps
     batch_size: int = 16  # sequences of block_size tokens per micro-step
@@ -70,15 +82,17 @@ class TrainConfig:
 
     def __post_init__(self):
         check_types(self, least=0)
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2**63, got {self.seed}")
         for name in ("max_steps", "batch_size", "grad_accum", "eval_interval", "eval_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "grad_clip"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
         for name in ("min_lr", "weight_decay", "balance_coef", "z_coef"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
@@ -102,9 +116,10 @@ def read_settings(argv: list[str]) -> dict:
         for field in fields(config):
             known[field.name] = field.type
             flags |= {f"--{field.name}"} if field.type is bool else set()
-            kind = parse_bool if field.type is bool else field.type
-            help = f"{comments[field.name]} (default: {field.default})".replace("%", "%%")
-            group.add_argument(f"--{field.name}", default=argparse.SUPPRESS, metavar="VALUE", type=kind, help=help)
+            kind, value = (parse_bool, "true|false") if field.type is bool else (field.type, "VALUE")
+            default = "" if field.default == "" else f" (default: {field.default})"
+            help = (comments[field.name] + default).replace("%", "%%")
+            group.add_argument(f"--{field.name}", default=argparse.SUPPRESS, metavar=value, type=kind, help=help)
     argv = [f"{argument}=true" if argument in flags else argument for argument in argv]  # --compile: --compile=true
     arguments, unknown = parser.parse_known_args(argv)
     for argument in unknown:
@@ -112,9 +127,9 @@ def read_settings(argv: list[str]) -> dict:
     settings = vars(arguments)
     path = settings.pop("config")
     if path is None:
-        return {"out_dir": "out/default"} | settings
+        return settings | {"out_dir": settings.get("out_dir") or "out/default"}
     try:
-        file = tomllib.loads(path.read_text())
+        file = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         there = ", ".join(str(p) for p in sorted(Path("configs").rglob("*.toml"))) or "none"
         raise UserError(f"config {path} does not exist; there are: {there}") from None
@@ -123,7 +138,10 @@ def read_settings(argv: list[str]) -> dict:
     for key in file:
         if key not in known:
             raise UserError(unknown_key(key, f"{key} = {file[key]!r} in {path}", known))
-    return {"out_dir": f"out/{path.stem}"} | file | settings
+        if type(file[key]) is not known[key] and not (known[key] is float and type(file[key]) is int):
+            raise UserError(f"{key} in {path} must be of type {known[key].__name__}, got {file[key]!r}")
+    settings = file | settings
+    return settings | {"out_dir": settings.get("out_dir") or f"out/{path.stem}"}
 
 
 def unknown_key(key: str, where: str, known: dict) -> str:
@@ -204,12 +222,15 @@ def open_dataset(name: str, settings: dict) -> tuple[ModelConfig, dict, dict[str
 
 def join_ranks(device: str) -> str:
     """Join the process group if torchrun started several processes. Returns the device of this one."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         if device in ("auto", "cuda") and torch.cuda.is_available():
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
             torch.cuda.set_device(device)
         backend = "nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may be preparing the data first
+        try:
+            dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may be preparing the data first
+        except ValueError as error:
+            raise UserError(f"WORLD_SIZE is set, but not by torchrun ({error}); unset it, or use torchrun") from error
     return device
 
 
@@ -234,9 +255,18 @@ def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
     matrices = [p for p in parameters if p.dim() >= 2]
     scales = [p for p in parameters if p.dim() < 2]
     assert len({id(p) for p in matrices + scales}) == len(matrices) + len(scales) == len(parameters)
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": scales, "weight_decay": 0.0}]
     fused = model.embed.weight.device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
+    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": scales}], lr=config.learning_rate, fused=fused)
+    set_decay_rates(optimizer, config)
+    return optimizer
+
+
+def set_decay_rates(optimizer: torch.optim.AdamW, config: TrainConfig) -> None:
+    """Weight decay and betas as configured, also after a checkpoint has brought back those of an earlier run."""
+    matrices, scales = optimizer.param_groups
+    matrices["weight_decay"], scales["weight_decay"] = config.weight_decay, 0.0
+    for group in optimizer.param_groups:
+        group["betas"] = (config.beta1, config.beta2)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -251,7 +281,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 def evaluate(model: GPT, tokens: np.ndarray, config: TrainConfig, cast: AbstractContextManager) -> dict:
     """Mean cross-entropy (nats per token, nothing else in it), router losses and expert load on the validation split.
 
-    Always the same evenly spaced windows, shared out over the ranks.
+    Always the same evenly spaced windows, shared out over the ranks. The balance loss is that of each batch of
+    batch_size windows, averaged, and so depends a little on how many windows a batch has.
     """
     rank, ranks = this_rank()
     block_size, device = model.config.block_size, model.embed.weight.device
@@ -268,7 +299,8 @@ def evaluate(model: GPT, tokens: np.ndarray, config: TrainConfig, cast: Abstract
         load += out.load
     model.train()
     val_loss, balance, z = (sum_over_ranks(sums) / count).tolist()
-    share = sum_over_ranks(load) / load.sum(dim=1, keepdim=True)
+    load = sum_over_ranks(load)
+    share = load / load.sum(dim=1, keepdim=True)
     return {
         "val_loss": val_loss,
         "balance": balance,
@@ -324,10 +356,13 @@ class StopRequest:
         """Signal handler."""
         self.seen = True
         signal.signal(number, signal.SIG_DFL)
+        print("\nfinishing this step, then saving (once more: stop at once)", file=sys.stderr)
 
 
 def load_run(path: Path, model_config: ModelConfig, config: TrainConfig) -> dict:
     """The checkpoint to go on from. Raises UserError if going on with these settings would be another run."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist, so there is no run to go on with: start without --resume")
     checkpoint = load_checkpoint(path)
     old = checkpoint["train_config"] | checkpoint["model_config"]
     new = asdict(config) | asdict(model_config)
@@ -335,6 +370,8 @@ def load_run(path: Path, model_config: ModelConfig, config: TrainConfig) -> dict
     changed = [f"{key} (was {old.get(key)!r}, now {new[key]!r})" for key in keys if old.get(key) != new[key]]
     if changed:
         raise UserError(f"can't resume {path} with another {', '.join(changed)}; start anew with another --out_dir")
+    if checkpoint["step"] > config.max_steps:
+        raise UserError(f"{path} is at step {checkpoint['step']} already, beyond max_steps {config.max_steps}")
     return checkpoint
 
 
@@ -354,14 +391,21 @@ def print_plan(model: GPT, tokens: np.ndarray, config: TrainConfig, device: torc
         f"{this_rank()[1]} x {device.type}, {choose_dtype(config.dtype, device)}; "
         f"{size.total:,} parameters, {size.active:,} active per token\n"
         f"{cost.total:,} multiply-adds per token, {cost.aggregator / cost.total:.0%} of them in the aggregator\n"
-        f"{config.max_steps:,} steps of {per_step:,} tokens, which is {config.max_steps * per_step / len(tokens):.2f} "
+        f"{config.max_steps:,} steps of {per_step:,} tokens, which is {config.max_steps * per_step / len(tokens):.2g} "
         f"times all of {config.dataset}; results in {config.out_dir}"
     )
+    if config.warmup_steps > config.max_steps:
+        print(f"note: the warm-up ({config.warmup_steps} steps) is longer than the run: learning_rate is never reached")
 
 
 def print_samples(model: GPT, encoding: str, config: TrainConfig, cast: AbstractContextManager) -> None:
     """Two short texts, to see what was learned."""
     device = model.embed.weight.device
+    try:
+        get_encoding(encoding)
+    except UserError as error:
+        print(f"no samples: {error}")
+        return
     model.eval()
     for i in range(2):
         print(f"\n--- sample {i + 1} ---")
@@ -375,31 +419,41 @@ def print_samples(model: GPT, encoding: str, config: TrainConfig, cast: Abstract
 def main() -> None:
     settings = read_settings(sys.argv[1:])
     config = make_config(TrainConfig, settings)
-    main_rank = os.environ.get("RANK", "0") == "0"
-    if main_rank and config.dataset in KNOWN and not (DATA / config.dataset / "meta.json").exists():
+    first = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0"
+    if first and config.dataset in KNOWN and not (DATA / config.dataset / "meta.json").exists():
         print(f"dataset {config.dataset!r} is not there yet: python prepare.py {config.dataset}")
         prepare([config.dataset])
     device = choose_device(join_ranks(config.device))
     cast = autocast(device, choose_dtype(config.dtype, device))
-    _, ranks = this_rank()
+    rank, ranks = this_rank()
+    main_rank = rank == 0
     if config.grad_accum % ranks:
         raise UserError(f"grad_accum ({config.grad_accum}) must be a multiple of the number of ranks ({ranks})")
     model_config, meta, data = open_dataset(config.dataset, settings)
 
     out_dir = Path(config.out_dir)
     resumed = load_run(out_dir / "ckpt.pt", model_config, config) if config.resume else None
-    if not resumed and (out_dir / "ckpt.pt").exists():
+    if not resumed and any((out_dir / name).exists() for name in ("ckpt.pt", "best.pt", "log.csv")):
         raise UserError(f"{out_dir} holds a run already: add --resume to go on, choose another --out_dir, or delete it")
-    out_dir.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(config.seed)
-    model = GPT(model_config).to(device)
+    try:
+        model = GPT(model_config).to(device)
+    except RuntimeError as error:  # torch's way to say that memory does not suffice
+        raise UserError(
+            f"a model of this size can't be built on {device.type}: {str(error).splitlines()[0]}"
+        ) from error
     optimizer = make_optimizer(model, config)
+    out_dir.mkdir(parents=True, exist_ok=True)
     step, best_val_loss, log = 0, math.inf, []
     loss_sum, loss_steps, grad_norm = 0.0, 0, None  # training loss since the last evaluation; norm of the last gradient
     if resumed:
-        model.load_state_dict(resumed["model"])
-        optimizer.load_state_dict(resumed["optimizer"])
+        try:
+            model.load_state_dict(resumed["model"])
+            optimizer.load_state_dict(resumed["optimizer"])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(f"{out_dir / 'ckpt.pt'} is damaged: its weights do not fit its configuration") from error
+        set_decay_rates(optimizer, config)
         step, best_val_loss, log = resumed["step"], resumed["best_val_loss"], resumed["log"]
         loss_sum, loss_steps, grad_norm = resumed["loss_sum"], resumed["loss_steps"], resumed["grad_norm"]
 
@@ -492,12 +546,14 @@ def main() -> None:
 
     if main_rank and stopping:
         save("ckpt.pt")
-        command = shlex.join(["python", *sys.argv] + ["--resume"] * (not config.resume))
+        start = ["python"] if ranks == 1 else ["torchrun", "--standalone", f"--nproc_per_node={ranks}"]
+        command = shlex.join([*start, *sys.argv] + ["--resume"] * (not config.resume))
         print(f"stopped after step {step} and saved; go on with: {command}")
     elif main_rank:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # all is saved: Ctrl-C may end the samples
         print(f"{time.perf_counter() - started:.0f} s for training; lowest validation loss {best_val_loss:.4f}")
         print_samples(model, meta["encoding"], config, cast)
-        print(f"\nfor more: python sample.py {out_dir} --prompt 'YOUR TEXT'")
+        print(f"\nfor more: python sample.py {shlex.quote(config.out_dir)} --prompt 'YOUR TEXT'")
     if ranks > 1:
         dist.destroy_process_group()
 

@@ -1,5 +1,6 @@
 """sample.py: what a checkpoint gives, streaming, and bad input."""
 
+import io
 import pickle
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def test_sampling_needs_only_the_checkpoint(run_folder, call):
     assert (
         greedy == call(sample, *arguments, "--temperature=0", "--seed=2")[1] == call(sample, *arguments, "--top-k=1")[1]
     )
+    assert call(sample, *arguments, "--temperature=1e-45")[1] == greedy == call(sample, *arguments, "--top-p=1e-50")[1]
     Path("prompt.txt").write_text("Line 7")
     assert call(sample, run_folder, "--prompt-file=prompt.txt", "--max-new-tokens=40")[1] == first
     texts = call(sample, *arguments, "--num-samples=2")[1].split("--- sample")
@@ -58,11 +60,11 @@ def test_text_streams_as_it_is_generated_in_whole_characters():
     assert "".join(sample.continue_text(Fixed("日".encode()[:2]), "bytes", "hi", 9)) == "\ufffd"
 
 
-def test_padded_vocabulary_never_crashes_the_decoder(workdir, call):
+def test_padded_vocabulary_never_crashes_the_decoder(workdir, call, trained):
     """A model may have more ids than its encoding; those are never chosen."""
     torch.manual_seed(0)
     model = GPT(ModelConfig(vocab_size=4096, block_size=16, n_layer=1))
-    checkpoint = dict.fromkeys(sample.CHECKPOINT_KEYS)
+    checkpoint = torch.load(io.BytesIO(trained), weights_only=True)
     checkpoint |= {"model": model.state_dict(), "model_config": vars(model.config), "encoding": "bytes"}
     torch.save(checkpoint, "padded.pt")
     status, out, error = call(sample, "padded.pt", "--prompt=x", "--max-new-tokens=60", "--temperature=5")
@@ -81,6 +83,8 @@ def test_bad_input_is_refused(run_folder, refused, call):
     refused("not allowed with argument", sample, run_folder, "--prompt=a", "--prompt-file=b")
     refused("none.txt", sample, run_folder, "--prompt-file=none.txt")
     refused("device 'gpu' can't be used here", sample, run_folder, "--device=gpu")
+    refused("device 'meta' can't be used here", sample, run_folder, "--device=meta")
+    refused("--seed must be below 2**63", sample, run_folder, "--seed=99999999999999999999")
     Path("latin.txt").write_bytes(b"\xe9")
     refused("latin.txt is not UTF-8 text", sample, run_folder, "--prompt-file=latin.txt")
 
@@ -92,9 +96,11 @@ def test_bad_checkpoints_are_refused(run_folder, refused, trained):
         path.write_bytes(damaged)
         refused("best.pt is damaged or not a checkpoint", sample, run_folder)
     torch.save({"model": {}}, path)
-    refused("is not a checkpoint of train.py: it lacks optimizer", sample, run_folder)
+    refused("is not a checkpoint of train.py: 'optimizer' is missing or of another type", sample, run_folder)
     torch.save([1, 2], path)
     refused("is not a checkpoint of train.py", sample, run_folder)
+    Path("text.csv").write_text("a,b\n1,2\n")
+    refused("text.csv is damaged or not a checkpoint", sample, "text.csv")
 
     class Harmful:
         def __reduce__(self):
@@ -110,6 +116,10 @@ def test_bad_checkpoints_are_refused(run_folder, refused, trained):
     for key, value in (("n_layer", 3), ("n_layer", "2"), ("colour", "blue")):
         torch.save(checkpoint | {"model_config": checkpoint["model_config"] | {key: value}}, path)
         refused("does not fit this version of model.py", sample, run_folder)
+    torch.save(checkpoint | {"model": {name: x * float("nan") for name, x in checkpoint["model"].items()}}, path)
+    refused("holds weights that are not finite", sample, run_folder)
+    torch.save(checkpoint | {"encoding": 3}, path)
+    refused("'encoding' is missing or of another type", sample, run_folder)
     path.unlink()
     refused("best.pt does not exist; train a model first", sample, run_folder)
 

@@ -207,6 +207,15 @@ def test_more_steps_after_the_end(corpus, call):
     assert [int(row["step"]) for row in read_log()] == [0, 3, 6, 9]
 
 
+def test_decay_rates_are_those_of_the_resumed_command(corpus, call):
+    """weight_decay and betas changed with --resume take effect, instead of those in the checkpoint."""
+    assert call(train, *TINY_RUN)[0] == 0
+    assert call(train, *TINY_RUN, "--resume", "--max_steps=9", "--weight_decay=0.5", "--beta1=0.8")[0] == 0
+    decayed, others = load("out/tiny/ckpt.pt")["optimizer"]["param_groups"]
+    assert decayed["weight_decay"] == 0.5 and others["weight_decay"] == 0.0
+    assert decayed["betas"] == others["betas"] == (0.8, 0.95)
+
+
 def test_ctrl_c_and_sigterm_are_noticed():
     """The real signal handlers: the first signal is noted, a second one ends the process."""
     code = (
@@ -285,6 +294,7 @@ def test_settings_come_from_defaults_config_and_command_line(workdir):
     settings = train.read_settings(["--resume", "small.toml", "--n_layer=5", "--compile=false", "--dag_gate", "silu"])
     config, model_config = train.make_config(TrainConfig, settings), train.make_config(ModelConfig, settings)
     assert (model_config.n_layer, model_config.n_embd, model_config.dag_gate, model_config.n_head) == (5, 64, "silu", 4)
+    assert train.read_settings(["small.toml", "--out_dir="])["out_dir"] == "out/small"
     assert (config.learning_rate, config.compile, config.resume, config.out_dir) == (1, False, True, "out/small")
 
 
@@ -306,7 +316,7 @@ def test_bad_settings_are_refused(corpus, refused, workdir):
     refused("unknown setting --n_layr=3; the nearest key is n_layer", train, *TINY_RUN, "--n_layr=3")
     refused("the nearest key is dag_depth", train, *TINY_RUN, "--dag-depth=3")
     refused("unknown setting n_layr = 3 in bad.toml; the nearest key is n_layer", train, "bad.toml")
-    refused("n_layer must be of type int, got '3'", train, "type.toml", "--dataset=tiny")
+    refused("n_layer in type.toml must be of type int, got '3'", train, "type.toml", "--dataset=tiny")
     refused("broken.toml is not valid TOML", train, "broken.toml")
     refused("unknown setting model", train, "nested.toml")
     refused("config none.toml does not exist", train, "none.toml")
@@ -314,10 +324,12 @@ def test_bad_settings_are_refused(corpus, refused, workdir):
     refused("argument --compile: must be true or false, got 'maybe'", train, *TINY_RUN, "--compile=maybe")
     refused("top_k (9) must not exceed n_expert (4)", train, *TINY_RUN, "--top_k=9")
     refused("max_steps must be at least 1, got 0", train, *TINY_RUN, "--max_steps=0")
-    refused("learning_rate must be above 0, got nan", train, *TINY_RUN, "--learning_rate=nan")
+    refused("learning_rate must be above 0 and finite, got nan", train, *TINY_RUN, "--learning_rate=nan")
     refused("min_lr (0.5) must not exceed learning_rate", train, *TINY_RUN, "--min_lr=0.5")
     refused("beta2 must be at least 0 and below 1, got 1.0", train, *TINY_RUN, "--beta2=1")
     refused("dtype must be auto, float32 or bfloat16, got 'float16'", train, *TINY_RUN, "--dtype=float16")
+    refused("seed must be below 2**63", train, *TINY_RUN, "--seed=99999999999999999999")
+    refused("can't be built on cpu", train, *TINY_RUN, "--expert_dim=10000000000")
     refused("device 'gpu' can't be used here", train, *TINY_RUN, "--device=gpu")
     assert not Path("out").exists()
 
@@ -337,7 +349,7 @@ def test_bad_data_is_refused(corpus, refused, workdir):
 
 def test_bad_checkpoints_are_refused_and_a_run_is_never_overwritten(corpus, call, refused):
     """Resuming from nothing, from a truncated file, or with another model; starting where a run already is."""
-    refused("out/tiny/ckpt.pt does not exist", train, *TINY_RUN, "--resume")
+    refused("no run to go on with: start without --resume", train, *TINY_RUN, "--resume")
     assert call(train, *TINY_RUN)[0] == 0
     path = Path("out/tiny/ckpt.pt")
     whole = path.read_bytes()
@@ -345,6 +357,13 @@ def test_bad_checkpoints_are_refused_and_a_run_is_never_overwritten(corpus, call
     refused("another n_layer (was 2, now 3)", train, *TINY_RUN, "--resume", "--n_layer=3")
     refused("another seed (was 1337, now 1)", train, *TINY_RUN, "--resume", "--seed=1")
     assert path.read_bytes() == whole
+    refused("is at step 6 already, beyond max_steps 5", train, *TINY_RUN, "--resume", "--max_steps=5")
+    path.rename("elsewhere.pt")
+    refused("out/tiny holds a run already", train, *TINY_RUN)
+    checkpoint = load("elsewhere.pt")
+    for key, value in (("optimizer", {}), ("model", {}), ("step", "6"), ("log", None), ("train_config", None)):
+        torch.save(checkpoint | {key: value}, path)
+        refused("out/tiny/ckpt.pt is", train, *TINY_RUN, "--resume")
     path.write_bytes(whole[: len(whole) // 2])
     refused("out/tiny/ckpt.pt is damaged or not a checkpoint", train, *TINY_RUN, "--resume")
 
