@@ -1,52 +1,70 @@
 """Measure, side by side in one run.
 
-python bench.py prepare posts.jsonl --encoding gpt2    # prepare.py against tiktoken alone, on the same text
+python bench.py prepare               # prepare.py against tiktoken alone, on the standard library's text
+python bench.py prepare novels/       # the same on other text
+python bench.py memory                # peak memory of prepare.py on a small and on a large corpus
 """
 
 import argparse
 import contextlib
 import io
+import itertools
 import os
-import shutil
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+from tqdm import tqdm
+
 import prepare
-from prepare import Parser, Reader, UserError, get_encoding, local_source, run
+from prepare import Parser, Reader, Source, UserError, get_encoding, local_source, run, stdlib_source
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[None]:
+    """Work in an empty folder on the disk where data/ would be; it is deleted at the end."""
+    here = Path.cwd()
+    with tempfile.TemporaryDirectory(dir=here) as folder:
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir(here)
+
+
+def read_documents(source: Source) -> list[str]:
+    """All documents of a source, the long ones in pieces, in memory."""
+    with tqdm(disable=True) as progress:
+        return [piece.text for piece in source.documents(Reader("strict", progress)) if piece.text]
 
 
 def bench_prepare(paths: list[str], encoding_name: str, workers: int, repeats: int) -> None:
     """Print MB/s of encode_ordinary_batch on documents in memory, and of prepare.py from files to finished bins."""
     encoding = get_encoding(encoding_name)
-    files = [Path(path).resolve() for path in paths]
-    with prepare.tqdm(disable=True) as progress:
-        pieces = local_source([str(path) for path in files], "*.txt", None).documents(Reader("strict", progress))
-        texts = [piece.text for piece in pieces if piece.text]
+    what = [str(Path(path).resolve()) for path in paths] or ["stdlib"]
+    texts = read_documents(local_source(what, "*.txt", None) if paths else stdlib_source())
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    print(f"{len(texts):,} documents (or megabyte pieces of longer ones), {megabytes:.1f} MB, {workers} threads")
+    print(f"{len(texts):,} documents or pieces of longer ones, {megabytes:.1f} MB, {encoding_name}, {workers} threads")
 
     def tiktoken_alone() -> None:
         encoding.encode_ordinary_batch(texts, num_threads=workers)
 
     def whole_preparation() -> None:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            prepare.prepare([str(path) for path in files], name="bench", encoding=encoding_name, workers=workers)
+            prepare.prepare(what, name="bench", encoding=encoding_name, workers=workers)
 
-    here = Path.cwd()
-    folder = tempfile.mkdtemp(dir=here)  # on the disk where data/ would be
-    try:
-        os.chdir(folder)
-        seconds = {"encode_ordinary_batch": [], "prepare.py": []}
+    seconds = {"encode_ordinary_batch": [], "prepare.py": []}
+    with scratch_folder():
         for _ in range(repeats):  # in turn, because machines are noisy
             for name, function in (("encode_ordinary_batch", tiktoken_alone), ("prepare.py", whole_preparation)):
                 start = time.perf_counter()
                 function()
                 seconds[name].append(time.perf_counter() - start)
-    finally:
-        os.chdir(here)
-        shutil.rmtree(folder)
     ratios = [alone / whole for alone, whole in zip(*seconds.values(), strict=True)]
     spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
     print(f"prepare.py reaches {statistics.median(ratios):.2f} ({spread}) of tiktoken's own speed")
@@ -55,18 +73,43 @@ def bench_prepare(paths: list[str], encoding_name: str, workers: int, repeats: i
         print(f"{name:24}{statistics.median(speeds):7.1f} MB/s ({min(speeds):.1f} to {max(speeds):.1f})")
 
 
+def bench_memory(encoding_name: str, sizes: list[int]) -> None:
+    """Print the peak memory of prepare.py on one file of each size (MB), smallest first, made of the stdlib's text."""
+    texts = read_documents(stdlib_source())
+    with scratch_folder():
+        for size in sorted(sizes):
+            with open("text.txt", "w", newline="") as file:
+                written = 0
+                for text in itertools.cycle(texts):
+                    written += file.write(text)
+                    if written >= size * 1_000_000:
+                        break
+            command = [sys.executable, prepare.__file__, "text.txt", "--encoding", encoding_name]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # largest child so far; KiB on Linux
+            print(f"{size:6} MB of text: peak memory {peak / 1024:.0f} MiB")
+
+
 def main() -> None:
     parser = Parser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_subparsers(dest="what", required=True, metavar="WHAT", parser_class=Parser)
     command = what.add_parser("prepare", help="tokenizing against tiktoken alone")
-    command.add_argument("paths", nargs="+", metavar="PATH", help="files or folders of text")
-    command.add_argument("--encoding", default="gpt2", help="as in prepare.py (default: gpt2)")
+    command.add_argument("paths", nargs="*", metavar="PATH", help="files or folders of .txt (default: the stdlib)")
     command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: one per core)")
     command.add_argument("--repeats", type=int, default=5, help="how often each is timed (default: 5)")
+    memory = what.add_parser("memory", help="peak memory of prepare.py")
+    memory.add_argument("--sizes", type=int, nargs="+", default=[200, 1000], help="in MB (default: 200 1000)")
+    for either in (command, memory):
+        either.add_argument("--encoding", default="gpt2", help="as in prepare.py (default: gpt2)")
     args = parser.parse_args()
-    if min(args.workers, args.repeats) < 1:
-        raise UserError("--workers and --repeats must be at least 1")
-    bench_prepare(args.paths, args.encoding, args.workers, args.repeats)
+    if args.what == "memory":
+        if min(args.sizes) < 1:
+            raise UserError(f"--sizes must be at least 1, got {min(args.sizes)}")
+        bench_memory(args.encoding, args.sizes)
+    else:
+        if min(args.workers, args.repeats) < 1:
+            raise UserError("--workers and --repeats must be at least 1")
+        bench_prepare(args.paths, args.encoding, args.workers, args.repeats)
 
 
 if __name__ == "__main__":

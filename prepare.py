@@ -51,9 +51,9 @@ from tqdm import tqdm
 DATA = Path("data")  # under the folder in which the command is run
 SPLITS = ("train", "val")
 END_OF_TEXT = "<|endoftext|>"  # written between documents; inside a document these characters are ordinary text
-PIECE = 1 << 20  # characters; longer documents are read and encoded in pieces of about this size
-BATCH = 1 << 20  # characters encoded by one thread at a time
-SHARD = 64  # batches after which the state is saved: an interrupted run redoes at most so many
+PIECE = 1 << 16  # characters; of longer documents one piece of about this size after the other is read and encoded
+BATCH = 1 << 16  # characters encoded by one thread at a time; small blocks keep memory from fragmenting
+SHARD = 1024  # batches after which the state is saved: an interrupted run redoes at most so many
 
 HUGGING_FACE = "https://huggingface.co/datasets/"
 TINYSTORIES_URL = HUGGING_FACE + "roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/"
@@ -160,7 +160,7 @@ class Reader:
         return "\ufffd", error.end
 
     def chunks(self, path: Path) -> Iterator[str]:
-        """The text of a file, .gz and .xz decompressed, in chunks of about a megabyte; line ends untouched."""
+        """The text of a file, .gz and .xz decompressed, in chunks; line ends untouched."""
         with path.open("rb") as raw:
             opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix)
             stream, position = opener(raw) if opener else raw, 0
@@ -284,7 +284,11 @@ def stdlib_source() -> Source:
     """The .py files of the running interpreter's standard library, without its tests and installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    paths = [path for path in sorted(root.rglob("*.py")) if not left_out.intersection(path.relative_to(root).parts)]
+    paths = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = set(subfolders) - left_out  # os.walk does not go into what is taken out here
+        paths += [Path(folder, file) for file in files if file.endswith(".py")]
+    paths.sort()
     if not paths:
         raise UserError(
             f"this Python has no standard library sources under {root}; use any folder of source code instead: "
