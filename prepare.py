@@ -78,7 +78,7 @@ OPENWEBTEXT_VAL_DOCUMENTS = 4_007  # nanoGPT's split: a share of 0.0005, seed 23
 OPENWEBTEXT_TOKENS = {"train": 9_035_582_198, "val": 4_434_897}  # gpt2, as nanoGPT counts them
 OPENWEBTEXT_BYTES = (13_300_000_000, 18_100_000_000)  # disk space: archives, .bin files in the gpt2 encoding
 OPENWEBTEXT_TEXT = 40_000_000_000  # bytes, about
-MEGABYTES_PER_SECOND = 8  # of text per thread, gpt2, as `python bench.py prepare` measured it on two cores
+MEGABYTES_PER_SECOND = 11  # of text per thread, gpt2, as `python bench.py prepare` measured it on two cores
 GPT2_CACHE_FILES = "6d1cbeee0f20b3d9449abfede4726ed8212e3aee and 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"
 
 
