@@ -610,7 +610,7 @@ def encode(encoding: tiktoken.Encoding, batch: Batch) -> dict[str, tuple[np.ndar
             ids = [np.frombuffer(text.encode() + b"\0" * last, dtype=np.uint8).astype(dtype) for text, last in parts]
             for piece, (_, last) in zip(ids, parts, strict=True):
                 piece[len(piece) - last :] = encoding.eot_token
-        elif any(END_OF_TEXT in text for text, _ in parts):  # as ordinary text
+        elif END_OF_TEXT in "".join(text for text, _ in parts):  # as ordinary text, even where a cut goes through it
             ids = []
             for text, last in parts:
                 ids += [encoding.encode_to_numpy(text, disallowed_special=()), [encoding.eot_token] * last]

@@ -382,11 +382,8 @@ def tokens_per_step(model_config: ModelConfig, config: TrainConfig) -> int:
 
 def print_plan(model: GPT, tokens: np.ndarray, config: TrainConfig, device: torch.device) -> None:
     """What is about to be computed, on what, and how much of it."""
-    size, cost, per_step = (
-        model.count_parameters(),
-        model.multiply_adds_per_token(),
-        tokens_per_step(model.config, config),
-    )
+    size, cost = model.count_parameters(), model.multiply_adds_per_token()
+    per_step = tokens_per_step(model.config, config)
     print(
         f"{this_rank()[1]} x {device.type}, {choose_dtype(config.dtype, device)}; "
         f"{size.total:,} parameters, {size.active:,} active per token\n"

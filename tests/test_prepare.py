@@ -148,10 +148,22 @@ def test_long_documents_are_read_in_pieces_without_a_trace(workdir, monkeypatch,
     assert prepare.find_cut("。" * 50) == 50, "a text without a good place is cut at its end"
 
 
+def wide_encoding() -> tiktoken.Encoding:
+    """An encoding that takes tiktoken's way, not the shortcut for bytes, and needs uint32; no download."""
+    ranks = {bytes([i]): i for i in range(256)}
+    return tiktoken.Encoding("wide", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 70_000})
+
+
+def test_end_of_text_is_text_even_where_a_cut_goes_through_it():
+    """Two pieces of a document that only together spell the separator do not become one."""
+    batch = [("train", "<|endof", False), ("train", "text|>", True)]
+    ids, documents, _ = prepare.encode(wide_encoding(), batch)["train"]
+    assert ids.tolist() == [*b"<|endoftext|>", 70_000] and documents == 1
+
+
 def test_large_vocabulary_gets_uint32(workdir, monkeypatch):
     """Ids beyond 65,535 are not cut off."""
-    ranks = {bytes([i]): i for i in range(256)}
-    wide = tiktoken.Encoding("wide", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 70_000})
+    wide = wide_encoding()
     monkeypatch.setattr(prepare, "get_encoding", lambda name: wide)
     make_corpus(workdir / "text")
     assert prepare.prepare(["text"], name="wide", encoding="wide")["dtype"] == "uint32"
