@@ -31,7 +31,6 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
-import torch.distributed
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -178,11 +177,23 @@ class Attention(nn.Module):
 
 
 class RouterStats(NamedTuple):
-    """What a router reports: raw auxiliary losses, weighted by no coefficient, and how many slots each expert got."""
+    """What a router did with S tokens. In Output the same of all layers, with a first dimension n_layer."""
 
-    balance: Tensor  # () E · Σ_e f_e P_e: 1 when balanced, E/K when collapsed onto K experts
-    z: Tensor  # () mean of logsumexp(logits)²
-    load: Tensor  # (E) slots assigned to each expert, summing to S·K
+    prob: Tensor  # (E) P_e, mean probability of each expert
+    load: Tensor  # (E) slots assigned to each expert, summing to S·K; without gradient
+    z: Tensor  # () z-loss: mean of logsumexp(logits)²
+    max_logit: Tensor  # () largest logit by absolute value, without gradient
+
+
+def balance_loss(load: Tensor, prob: Tensor) -> Tensor:
+    """load, prob (n_layer, E) → (): mean over layers of E · Σ_e f_e P_e (Switch 2021).
+
+    f_e is the share of the slots that expert e got. The loss is 1 when balanced and E/K when collapsed onto K experts.
+    `load` must be that of the whole batch of an optimizer step; where `prob` is that of a part, the parts' losses
+    average to the loss of the whole, so it does not matter how the batch is cut (arXiv 2501.11873).
+    """
+    share = load.to(prob.dtype) / load.sum(dim=-1, keepdim=True)  # f_e: counts, so no gradient
+    return load.shape[-1] * (share * prob).sum(dim=-1).mean()  # P_e's gradient reaches every expert
 
 
 class Router(nn.Module):
@@ -205,21 +216,8 @@ class Router(nn.Module):
 
         slots = expert.flatten()
         load = torch.zeros(E, dtype=torch.long, device=x.device).scatter_add_(0, slots, torch.ones_like(slots))
-        share = mean_over_ranks(load.to(prob.dtype) / slots.numel(), self.training)  # f_e: counts, so no gradient
-        balance = E * (share * prob.mean(dim=0)).sum()  # P_e = mean probability: the gradient reaches every expert
         z = logits.logsumexp(dim=-1).square().mean()
-        return gate, expert, RouterStats(balance, z, load)
-
-
-def mean_over_ranks(x: Tensor, training: bool) -> Tensor:
-    """Mean over the ranks of a data-parallel training step; x itself in one process or in evaluation.
-
-    With all ranks' tokens counted, the balance loss does not depend on the number of ranks (arXiv 2501.11873).
-    """
-    if training and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(x)
-        x = x / torch.distributed.get_world_size()
-    return x
+        return gate, expert, RouterStats(prob.mean(dim=0), load, z, logits.detach().abs().amax())
 
 
 class Experts(nn.Module):
@@ -269,14 +267,33 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 # Aggregation: (h (S, C), out (S, K, C), gate (S, K)) → (S, C), the residual included
 
 
+class DepthRecord(NamedTuple):
+    """What one depth of the graph did with S tokens; norms are Euclidean."""
+
+    edge_gate: Tensor  # (S, K, K) mean over the D channels of e_ij: [s, i, j] is the edge from node j to node i
+    message: Tensor  # (S, K, K) ‖m_ij‖
+    update: Tensor  # (S, K) ‖W_up Σ_j m_ij‖, what node i is changed by
+    node: Tensor  # (S, K) ‖n_i‖ before the change
+
+
+class LayerRecord(NamedTuple):
+    """What the MoE of one layer did with S tokens. GPT.forward collects these where it is given a list for them."""
+
+    expert: Tensor  # (S, K) ids
+    gate: Tensor  # (S, K) router weights
+    depths: list[DepthRecord]  # one per depth of the graph; empty for an aggregator without a graph
+    update: Tensor  # (S) ‖h' - h‖, all that the layer adds to the residual stream
+    beyond_sum: Tensor  # (S) ‖h' - h - Σ_i g_i E_i(x)‖, what it adds beyond the weighted sum
+
+
 class WeightedSum(nn.Module):
     """The standard MoE: h + Σ_i g_i E_i(x). Linear in the expert outputs."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
 
-    def forward(self, h: Tensor, out: Tensor, gate: Tensor) -> Tensor:
-        """h (S, C), out (S, K, C), gate (S, K) → (S, C)."""
+    def forward(self, h: Tensor, out: Tensor, gate: Tensor, depths: list[DepthRecord] | None = None) -> Tensor:
+        """h (S, C), out (S, K, C), gate (S, K) → (S, C). There is no graph, so nothing to add to `depths`."""
         return h + (gate.unsqueeze(-1).to(out.dtype) * out).sum(dim=1)
 
 
@@ -293,8 +310,8 @@ class DAGLayer(nn.Module):
         self.w_node = nn.Linear(2 * D, D, bias=False)
         self.w_up = nn.Linear(D, C, bias=False)
 
-    def messages(self, node: Tensor) -> Tensor:
-        """node (S, K, C) → (S, K, D): Σ_j m_ij, all that node i receives (Eq. 7 to 10)."""
+    def project(self, node: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """node (S, K, C) → edge_to, edge_from, node_to, node_from, each (S, K, D): every node's part in its edges."""
         C = node.shape[-1]
         # Eq. 7: z_i = W_down RMSNorm(n_i). Departure: RMSNorm for the paper's LN, as everywhere in the backbone.
         # The norm divides a node by one number, which may as well be done after the product, where the row is short.
@@ -304,17 +321,38 @@ class DAGLayer(nn.Module):
         # Eq. 8: W concat(z_i, z_j) = W₁ z_i + W₂ z_j, so four D×D products per node serve all K² edges.
         edge_to, edge_from = (F.linear(z, w) for w in self.w_edge.weight.chunk(2, dim=1))
         node_to, node_from = (F.linear(z, w) for w in self.w_node.weight.chunk(2, dim=1))
-        # Recomputed in the backward pass: what is kept grows with K, not with the K² edges.
-        parts = edge_to, edge_from, node_to, node_from  # each (S, K, D)
-        return checkpoint(self.sum_over_edges, *parts, use_reentrant=False, preserve_rng_state=False)
+        return edge_to, edge_from, node_to, node_from
 
-    def sum_over_edges(self, edge_to: Tensor, edge_from: Tensor, node_to: Tensor, node_from: Tensor) -> Tensor:
-        """Four (S, K, D) → (S, K, D). One source node j at a time, for all targets i."""
-        total = torch.zeros_like(node_to)
-        for j in range(node_to.shape[1]):
-            e = self.gate_function(edge_to + edge_from[:, j : j + 1])  # Eq. 9: e_ij, a gate for each of D channels
-            total = total + e * (node_to + node_from[:, j : j + 1])  # Eq. 10: m_ij
+    def edges_from(
+        self, j: int, edge_to: Tensor, edge_from: Tensor, node_to: Tensor, node_from: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The edges from node j to all nodes i: e_ij and m_ij, each (S, K, D)."""
+        e = self.gate_function(edge_to + edge_from[:, j : j + 1])  # Eq. 9: a gate for each of D channels
+        return e, e * (node_to + node_from[:, j : j + 1])  # Eq. 10
+
+    def sum_over_edges(self, *parts: Tensor) -> Tensor:
+        """parts as from `project` → (S, K, D): Σ_j m_ij, one source node j at a time."""
+        total = torch.zeros_like(parts[0])
+        for j in range(total.shape[1]):
+            _, message = self.edges_from(j, *parts)
+            total = total + message
         return total
+
+    def messages(self, node: Tensor) -> Tensor:
+        """node (S, K, C) → (S, K, D): Σ_j m_ij, all that node i receives (Eq. 7 to 10)."""
+        # Recomputed in the backward pass: what is kept grows with K, not with the K² edges.
+        return checkpoint(self.sum_over_edges, *self.project(node), use_reentrant=False, preserve_rng_state=False)
+
+    def record(self, node: Tensor) -> DepthRecord:
+        """node (S, K, C) → what the messages to it look like, edge by edge."""
+        parts = self.project(node)
+        gates, messages = zip(*(self.edges_from(j, *parts) for j in range(node.shape[1])), strict=True)
+        return DepthRecord(
+            edge_gate=torch.stack([e.float().mean(dim=-1) for e in gates], dim=-1),
+            message=torch.stack([m.float().norm(dim=-1) for m in messages], dim=-1),
+            update=self.w_up(sum(messages)).float().norm(dim=-1),
+            node=node.float().norm(dim=-1),
+        )
 
 
 class DAGAggregator(nn.Module):
@@ -330,19 +368,24 @@ class DAGAggregator(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(DAGLayer(config) for _ in range(config.dag_depth))
 
-    def forward(self, h: Tensor, out: Tensor, gate: Tensor) -> Tensor:
-        """h (S, C), out (S, K, C), gate (S, K) → (S, C)."""
+    def forward(self, h: Tensor, out: Tensor, gate: Tensor, depths: list[DepthRecord] | None = None) -> Tensor:
+        """h (S, C), out (S, K, C), gate (S, K) → (S, C). Adds a DepthRecord per depth to `depths`, if given."""
         S, K, C = out.shape
         weighted = gate.unsqueeze(-1).to(out.dtype) * out  # (S, K, C)
         # Eq. 6. Departure (the paper leaves it open): h is the residual stream itself, whose K shares add up to one.
         node = weighted + (h / K).unsqueeze(1).to(out.dtype)
         h = h + weighted.sum(dim=1)
-        for layer in self.layers[:-1]:
-            step = layer.w_up(layer.messages(node))  # (S, K, C)
-            node = node + step  # Eq. 11
-            h = h + step.sum(dim=1)
-        last = self.layers[-1]
-        return h + last.w_up(last.messages(node).sum(dim=1))  # Eq. 11 and 12, Σ_i before W_up
+        for layer in self.layers:
+            if depths is not None:
+                depths.append(layer.record(node))
+            messages = layer.messages(node)  # (S, K, D)
+            if layer is not self.layers[-1]:
+                step = layer.w_up(messages)  # (S, K, C)
+                node = node + step  # Eq. 11
+                h = h + step.sum(dim=1)
+            else:
+                h = h + layer.w_up(messages.sum(dim=1))  # Eq. 11 and 12 together, Σ_i before W_up
+        return h
 
 
 AGGREGATORS = {"sum": WeightedSum, "dag": DAGAggregator}
@@ -361,15 +404,20 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         self.aggregate = AGGREGATORS[config.aggregator](config)
 
-    def forward(self, h: Tensor) -> tuple[Tensor, RouterStats]:
-        """h (B, T, C) → (B, T, C), RouterStats."""
+    def forward(self, h: Tensor, records: list[LayerRecord] | None = None) -> tuple[Tensor, RouterStats]:
+        """h (B, T, C) → (B, T, C), RouterStats. Adds a LayerRecord to `records`, if given."""
         B, T, C = h.shape
         h = h.view(B * T, C)
         x = self.norm(h)
         gate, expert, stats = self.router(x)
         out = self.experts(x, expert)
-        h = self.aggregate(h, out, gate)
-        return h.view(B, T, C), stats
+        depths = None if records is None else []
+        combined = self.aggregate(h, out, gate, depths)
+        if records is not None:
+            update = combined - h
+            beyond_sum = update - (gate.unsqueeze(-1) * out).sum(dim=1)
+            records.append(LayerRecord(expert, gate, depths, update.norm(dim=-1), beyond_sum.norm(dim=-1)))
+        return combined.view(B, T, C), stats
 
 
 class Block(nn.Module):
@@ -381,20 +429,24 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.moe = MoE(config)
 
-    def forward(self, h: Tensor, rope: tuple[Tensor, Tensor], cache: KeyValueCache | None = None):
+    def forward(
+        self,
+        h: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: KeyValueCache | None = None,
+        records: list[LayerRecord] | None = None,
+    ) -> tuple[Tensor, RouterStats]:
         """h (B, T, C) → (B, T, C), RouterStats."""
         h = h + self.attention(self.norm(h), rope, cache)
-        return self.moe(h)
+        return self.moe(h, records)
 
 
 class Output(NamedTuple):
-    """What GPT.forward always returns. The losses are raw: whoever trains weights and adds them."""
+    """What GPT.forward always returns. Whoever trains adds the auxiliary losses: balance_loss, and router.z.mean()."""
 
     logits: Tensor  # (B, T, vocab_size)
-    loss: Tensor | None  # () cross-entropy in nats per token, None without targets
-    balance: Tensor  # () mean over layers of RouterStats.balance
-    z: Tensor  # () mean over layers of RouterStats.z
-    load: Tensor  # (n_layer, E) slots assigned to each expert
+    loss: Tensor | None  # () cross-entropy in nats per token and nothing else, None without targets
+    router: RouterStats  # of all layers: prob and load (n_layer, E), z and max_logit (n_layer)
 
 
 class ParameterCount(NamedTuple):
@@ -464,8 +516,13 @@ class GPT(nn.Module):
             weight.fill_(1.0)
         assert len(std) + len(norms) == len(list(self.parameters())), "a parameter has no initialisation"
 
-    def hidden(self, tokens: Tensor, cache: list[KeyValueCache] | None = None) -> tuple[Tensor, list[RouterStats]]:
-        """tokens (B, T), continuing what `cache` holds → final normalised states (B, T, C), RouterStats per layer."""
+    def hidden(
+        self, tokens: Tensor, cache: list[KeyValueCache] | None = None, records: list[LayerRecord] | None = None
+    ) -> tuple[Tensor, RouterStats]:
+        """tokens (B, T), continuing what `cache` holds → final normalised states (B, T, C), RouterStats of all layers.
+
+        Adds a LayerRecord per layer to `records`, if given: how the experts were combined, for pictures and statistics.
+        """
         start = cache[0].length if cache else 0
         end = start + tokens.shape[1]
         if end > self.config.block_size:
@@ -474,19 +531,23 @@ class GPT(nn.Module):
         h = self.embed(tokens)
         stats = []
         for i, block in enumerate(self.blocks):
-            h, layer_stats = block(h, rope, cache[i] if cache else None)
+            h, layer_stats = block(h, rope, cache[i] if cache else None, records)
             stats.append(layer_stats)
-        return self.norm(h), stats
+        return self.norm(h), RouterStats(*(torch.stack(values) for values in zip(*stats, strict=True)))
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Output:
-        """tokens (B, T) ids, T ≥ 1, targets (B, T) ids or -1 where no loss is wanted (not everywhere) → Output."""
-        x, stats = self.hidden(tokens)
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, records: list[LayerRecord] | None = None
+    ) -> Output:
+        """tokens (B, T) ids, T ≥ 1, targets (B, T) ids or -1 where no loss is wanted (not everywhere) → Output.
+
+        `records` as in `hidden`; the output is the same with it, bit for bit.
+        """
+        x, router = self.hidden(tokens, records=records)
         logits = self.head(x)  # (B, T, vocab_size)
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
-        balance, z, load = (torch.stack(values) for values in zip(*stats, strict=True))
-        return Output(logits, loss, balance.mean(), z.mean(), load)
+        return Output(logits, loss, router)
 
     @torch.no_grad()
     def generate(

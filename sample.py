@@ -16,9 +16,8 @@ from model import GPT, ModelConfig
 from prepare import Parser, UserError, get_encoding, read_text, run
 
 CHECKPOINT_TYPES = {  # what train.py writes
-    "model": dict, "optimizer": dict, "model_config": dict, "train_config": dict, "encoding": str, "step": int,
-    "best_val_loss": float, "log": list, "loss_sum": float, "loss_steps": int, "grad_norm": float | None,
-    "version": str,
+    "model": dict, "optimizer": dict, "model_config": dict, "train_config": dict, "encoding": str, "data": dict,
+    "version": str, "step": int, "log": list, "loss_sum": float, "loss_steps": int, "grad_norm": float | None,
 }  # fmt: skip
 
 
@@ -42,6 +41,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if bfloat16 else torch.float32
+    if name == "float16":
+        raise UserError(
+            "dtype float16 is refused: its gradients underflow without loss scaling; use bfloat16, or float32 where "
+            "the device has no bfloat16"
+        )
     if name not in ("float32", "bfloat16"):
         raise UserError(f"dtype must be auto, float32 or bfloat16, got {name!r}")
     return getattr(torch, name)
@@ -50,6 +54,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
     """Weights stay in float32; in this context, which can be entered again and again, products are in `dtype`."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+def checkpoint_path(path: Path) -> Path:
+    """A run's folder stands for its best.pt."""
+    return path / "best.pt" if path.is_dir() else path
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -133,8 +142,7 @@ def main() -> None:
         raise UserError(f"--top-p must lie above 0 and not above 1, got {args.top_p}")
 
     device = choose_device(args.device)
-    path = args.path / "best.pt" if args.path.is_dir() else args.path
-    model, checkpoint = load_model(path, device)
+    model, checkpoint = load_model(checkpoint_path(args.path), device)
     text = read_text(args.prompt_file) if args.prompt_file else args.prompt
     generator = torch.Generator(device).manual_seed(args.seed)
     for i in range(args.num_samples):

@@ -2,10 +2,14 @@
 
     python train.py configs/quickstart.toml
     python train.py configs/quickstart.toml --aggregator=sum --out_dir=out/sum
+    python train.py configs/quickstart.toml --resume --max_steps=8000
+    python train.py configs/quickstart.toml --init_from=out/quickstart --dataset=mine --out_dir=out/tuned
+    python train.py configs/quickstart.toml --eval_only=stdlib,mine
     torchrun --standalone --nproc_per_node=8 train.py configs/owt.toml
 
 Settings: the defaults below, then the keys of the config file, then --key=value. Results: OUT_DIR/log.csv with a row
-per evaluation, OUT_DIR/ckpt.pt to go on from with --resume, OUT_DIR/best.pt, of the lowest validation loss, to sample.
+per evaluation, OUT_DIR/ckpt.pt to go on from with --resume, previous.pt, the one before it, and best.pt, of the lowest
+validation loss, to sample.
 """
 
 import argparse
@@ -16,14 +20,18 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
+import textwrap
 import time
 import tomllib
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +40,7 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from model import GPT, VERSION, ModelConfig, check_types
+from model import GPT, VERSION, LayerRecord, ModelConfig, balance_loss, check_types
 from prepare import (
     DATA,
     KNOWN,
@@ -46,11 +54,15 @@ from prepare import (
     replacing,
     run,
 )  # fmt: skip
-from sample import autocast, choose_device, choose_dtype, continue_text, load_checkpoint
+from sample import autocast, checkpoint_path, choose_device, choose_dtype, continue_text, load_checkpoint, load_model
 
 LOG_COLUMNS = (
     "step", "tokens", "train_loss", "val_loss", "val_bpb", "balance", "z",
-    "lr", "grad_norm", "tokens_per_s", "max_expert_share", "dead_experts",
+    "lr", "grad_norm", "tokens_per_s", "max_logit", "max_expert_share", "dead_experts",
+)  # fmt: skip
+RESUME_MAY_CHANGE = (
+    "max_steps", "batch_size", "grad_accum", "eval_interval", "device", "dtype", "compile",
+    "out_dir", "resume", "eval_only",
 )  # fmt: skip
 
 
@@ -78,7 +90,9 @@ class TrainConfig:
     device: str = "auto"  # auto (CUDA, else MPS, else CPU), or a torch device
     dtype: str = "auto"  # precision of matrix products: auto (bfloat16 on CUDA, else float32), float32, bfloat16
     compile: bool = False  # compile the model with torch.compile: slow to start, then faster
-    resume: bool = False  # go on from OUT_DIR/ckpt.pt
+    resume: bool = False  # go on from OUT_DIR/ckpt.pt; settings not given are those of the checkpoint
+    init_from: str = ""  # out/OTHER or a checkpoint: start from its weights, a sum's also as a dag; fresh optimizer
+    eval_only: str = ""  # datasets, with commas between: print the losses of OUT_DIR or init_from on them, and end
 
     def __post_init__(self):
         check_types(self, least=0)
@@ -98,6 +112,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr ({self.min_lr}) must not exceed learning_rate ({self.learning_rate})")
+        if self.eval_only and self.resume:
+            raise ValueError("resume and eval_only exclude each other")
 
 
 # Settings
@@ -105,21 +121,31 @@ class TrainConfig:
 
 def read_settings(argv: list[str]) -> dict:
     """Settings of the config file and of the command line, by key, the latter winning. Raises UserError."""
+    fixed = [f.name for f in (*fields(TrainConfig), *fields(ModelConfig)) if f.name not in RESUME_MAY_CHANGE]
+    epilog = (
+        f"With --resume another value is taken, and reported, for: {', '.join(RESUME_MAY_CHANGE)} (batch_size and "
+        "grad_accum only if their product stays the same). It is refused, because the result would be that of another "
+        f"run, for: {', '.join(fixed)}, and for a dataset that was prepared anew."
+    )
     parser = Parser(
-        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="train.py",
+        description=__doc__,
+        epilog=textwrap.fill(epilog, 120),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("config", nargs="?", type=Path, help="a file such as configs/quickstart.toml")
     known, flags = {}, set()
     for config in (TrainConfig, ModelConfig):
         group = parser.add_argument_group(config.__name__)
         comments = dict(re.findall(r"^ {4}(\w+): .*?  # (.+)$", inspect.getsource(config), re.MULTILINE))
-        for field in fields(config):
-            known[field.name] = field.type
-            flags |= {f"--{field.name}"} if field.type is bool else set()
-            kind, value = (parse_bool, "true|false") if field.type is bool else (field.type, "VALUE")
-            default = "" if field.default == "" else f" (default: {field.default})"
-            help = (comments[field.name] + default).replace("%", "%%")
-            group.add_argument(f"--{field.name}", default=argparse.SUPPRESS, metavar=value, type=kind, help=help)
+        for f in fields(config):
+            known[f.name] = f.type
+            flags |= {f"--{f.name}"} if f.type is bool else set()
+            kind, value = (parse_bool, "true|false") if f.type is bool else (f.type, "VALUE")
+            default = "" if f.default == "" else f" (default: {f.default})"
+            help = (comments[f.name] + default).replace("%", "%%")
+            group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar=value, type=kind, help=help)
     argv = [f"{argument}=true" if argument in flags else argument for argument in argv]  # --compile: --compile=true
     arguments, unknown = parser.parse_known_args(argv)
     for argument in unknown:
@@ -195,26 +221,60 @@ def cut_windows(
     return windows[:, :-1], windows[:, 1:]
 
 
-def open_dataset(name: str, settings: dict) -> tuple[ModelConfig, dict, dict[str, np.ndarray]]:
-    """The model's configuration, the dataset's meta.json, and its tokens per split. Raises UserError if they don't fit.
+class Dataset(NamedTuple):
+    """What prepare.py made."""
 
-    Without a vocab_size in the settings the model gets the dataset's.
-    """
-    meta = load_meta(name)
-    model_config = make_config(ModelConfig, {"vocab_size": meta["vocab_size"]} | settings)
+    name: str
+    meta: dict  # contents of meta.json
+    train: np.ndarray  # token ids
+    val: np.ndarray
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Length of the validation split's text in bytes, over its tokens."""
+        val = self.meta["splits"]["val"]
+        return val["bytes"] / val["tokens"]
+
+    @property
+    def fingerprint(self) -> dict:
+        """Checksums of the tokens, which change when a dataset is prepared anew with another result."""
+        return {split: self.meta["splits"][split].get("sha256") for split in SPLITS}
+
+
+def open_dataset(name: str) -> Dataset:
+    """The dataset data/NAME, memory-mapped. Raises UserError."""
+    return Dataset(name, load_meta(name), *(load_tokens(name, split) for split in SPLITS))
+
+
+def check_fits(data: Dataset, model_config: ModelConfig, encoding: str) -> None:
+    """Raise UserError unless a model that reads `encoding` can be trained and evaluated on the dataset."""
+    name, meta = data.name, data.meta
+    if meta["encoding"] != encoding:
+        raise UserError(
+            f"dataset {name!r} is in the {meta['encoding']} encoding, the model reads {encoding}: prepare the text "
+            f"once more with --encoding {encoding} and another --name"
+        )
     if meta["vocab_size"] > model_config.vocab_size:
         raise UserError(
             f"dataset {name!r} has {meta['vocab_size']} token ids, more than vocab_size {model_config.vocab_size}: "
             "raise vocab_size, or leave it out to take the dataset's"
         )
-    splits = {split: load_tokens(name, split) for split in SPLITS}
-    for split, tokens in splits.items():
+    for split in SPLITS:
+        tokens = getattr(data, split)
         if len(tokens) <= model_config.block_size:
             raise UserError(
                 f"the {split} split of {name!r} has {len(tokens)} tokens, too few for block_size "
                 f"{model_config.block_size}: prepare more text, or choose a smaller block_size"
             )
-    return model_config, meta, splits
+
+
+def prepare_known(names: list[str]) -> None:
+    """Prepare those datasets that are missing and that prepare.py can get by itself, on the first rank only."""
+    first = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0"
+    for name in names:
+        if first and name in KNOWN and not (DATA / name / "meta.json").exists():
+            print(f"dataset {name!r} is not there yet: python prepare.py {name}")
+            prepare([name])
 
 
 # Ranks: one process, or several that torchrun started
@@ -239,11 +299,141 @@ def this_rank() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
-    """Sum of x over all ranks, in place."""
+def over_ranks(x: torch.Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
+    """Sum (or another reduction) of x over all ranks, in place."""
     if dist.is_initialized():
-        dist.all_reduce(x)
+        dist.all_reduce(x, operation)
     return x
+
+
+@contextmanager
+def noticing_lost_ranks(out_dir: Path) -> Iterator[None]:
+    """Turn the error that a rank gets when another one is gone into a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if this_rank()[1] == 1 or not re.search("gloo|nccl|peer", str(error), re.IGNORECASE):
+            raise
+        print(f"rank {this_rank()[0]} has lost another rank; waiting for torchrun to end this one", file=sys.stderr)
+        time.sleep(10)  # torchrun reports the rank that ends first, which shall be the one with the cause
+        raise UserError(
+            f"another rank has ended (its own message, or torchrun's, says why); the last checkpoint is in {out_dir}: "
+            "go on with --resume, if need be with fewer ranks"
+        ) from error
+
+
+# Checkpoints
+
+
+@dataclass
+class Progress:
+    """How far a run has come: with weights, optimizer and settings all that is needed to go on."""
+
+    step: int = 0  # optimizer steps done
+    log: list[dict] = field(default_factory=list)  # the rows of log.csv
+    loss_sum: float = 0.0  # of the training losses since the last evaluation
+    loss_steps: int = 0  # how many those are
+    grad_norm: float | None = None  # of the last step, before clipping
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether the last row of the log belongs to this step."""
+        return bool(self.log) and self.log[-1]["step"] == self.step
+
+    @property
+    def best(self) -> bool:
+        """Whether no evaluation had a lower validation loss than the last one."""
+        return self.log[-1]["val_loss"] == min(row["val_loss"] for row in self.log)
+
+
+def save_checkpoint(path: Path, contents: dict) -> None:
+    """Write a checkpoint; the one that was there becomes previous.pt. Raises UserError, and keeps the old one."""
+    try:
+        with replacing(path) as file:
+            torch.save(contents, file)
+            if path.exists():
+                also_call(path, path.with_name("previous.pt"))
+    except (OSError, RuntimeError) as error:  # torch.save's own writer raises RuntimeError
+        kept = "the one made before is kept: make room, and go on with --resume" if path.exists() else "none is kept"
+        raise UserError(f"{path} can't be written ({str(error).splitlines()[0]}); {kept}") from error
+
+
+def also_call(path: Path, name: Path) -> None:
+    """Give a file a second name, which stays with it when its first is given to a newer file."""
+    beside = name.with_name(name.name + ".tmp")
+    beside.unlink(missing_ok=True)
+    try:
+        os.link(path, beside)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, beside)
+    os.replace(beside, name)
+    beside.unlink(missing_ok=True)  # where both names were those of one file already, replace has done nothing
+
+
+def load_to_resume(out_dir: Path) -> dict:
+    """Contents of OUT_DIR/ckpt.pt. Raises UserError, which offers an older one, if it is missing or damaged."""
+    path = out_dir / "ckpt.pt"
+    if not path.exists():
+        raise UserError(f"{path} does not exist, so there is no run to go on with: start without --resume")
+    try:
+        return load_checkpoint(path)
+    except UserError as error:
+        for older in (out_dir / "previous.pt", out_dir / "best.pt"):
+            try:
+                step = load_checkpoint(older)["step"]
+            except UserError:
+                continue
+            raise UserError(f"{error}; {older}, of step {step}, is whole: mv {older} {path} and --resume") from error
+        raise
+
+
+def check_resume(
+    path: Path, checkpoint: dict, config: TrainConfig, model_config: ModelConfig, data: Dataset
+) -> list[str]:
+    """What has changed since the checkpoint was written. Raises UserError if going on would be another run."""
+    old = asdict(TrainConfig()) | asdict(ModelConfig()) | checkpoint["train_config"] | checkpoint["model_config"]
+    new = asdict(config) | asdict(model_config)
+    changed = {key: f"{key} (was {old[key]!r}, now {new[key]!r})" for key in new if old[key] != new[key]}
+    refused = [text for key, text in changed.items() if key not in RESUME_MAY_CHANGE]
+    if old["batch_size"] * old["grad_accum"] != new["batch_size"] * new["grad_accum"]:
+        refused += [f"batch_size x grad_accum ({changed.get('batch_size')}, {changed.get('grad_accum')})"]
+    if not refused and checkpoint["data"] != data.fingerprint:
+        raise UserError(f"can't resume {path}: dataset {data.name!r} was prepared anew since, with another result")
+    if refused:
+        raise UserError(f"can't resume {path} with another {', '.join(refused)}; start anew with another --out_dir")
+    if checkpoint["step"] > config.max_steps:
+        raise UserError(f"{path} is at step {checkpoint['step']} already, beyond max_steps {config.max_steps}")
+    return [text for key, text in changed.items() if key != "resume"]
+
+
+def check_init(path: Path, checkpoint: dict, model_config: ModelConfig) -> None:
+    """Raise UserError unless the checkpoint's weights make sense in a model of this configuration.
+
+    A sum may become a DAG: W_up = 0 makes the new model compute what the old one did (upcycling).
+    """
+    may_change = {"block_size"}
+    if checkpoint["model_config"].get("aggregator") == "sum":
+        may_change |= {"aggregator", "dag_depth", "dag_dim", "dag_gate"}
+    old = checkpoint["model_config"]
+    changed = [
+        f"{key} (there {old.get(key)!r}, here {new!r})"
+        for key, new in asdict(model_config).items()
+        if old.get(key) != new and key not in may_change
+    ]
+    if changed:
+        raise UserError(f"can't start from {path} with another {', '.join(changed)}: leave the setting out")
+
+
+def load_weights(path: Path, checkpoint: dict, model: GPT, optimizer: torch.optim.Optimizer | None) -> None:
+    """Copy the checkpoint's weights, and its optimizer's state if one is given. Raises UserError."""
+    try:
+        lacking, surplus = model.load_state_dict(checkpoint["model"], strict=False)
+        if surplus or any(".aggregate." not in name for name in lacking):
+            raise KeyError(f"{lacking} {surplus}")
+        if optimizer:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: its weights do not fit its configuration") from error
 
 
 # Training
@@ -255,18 +445,9 @@ def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
     matrices = [p for p in parameters if p.dim() >= 2]
     scales = [p for p in parameters if p.dim() < 2]
     assert len({id(p) for p in matrices + scales}) == len(matrices) + len(scales) == len(parameters)
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": scales, "weight_decay": 0.0}]
     fused = model.embed.weight.device.type in ("cpu", "cuda")
-    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": scales}], lr=config.learning_rate, fused=fused)
-    set_decay_rates(optimizer, config)
-    return optimizer
-
-
-def set_decay_rates(optimizer: torch.optim.AdamW, config: TrainConfig) -> None:
-    """Weight decay and betas as configured, also after a checkpoint has brought back those of an earlier run."""
-    matrices, scales = optimizer.param_groups
-    matrices["weight_decay"], scales["weight_decay"] = config.weight_decay, 0.0
-    for group in optimizer.param_groups:
-        group["betas"] = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -278,67 +459,131 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: GPT, tokens: np.ndarray, config: TrainConfig, cast: AbstractContextManager) -> dict:
-    """Mean cross-entropy (nats per token, nothing else in it), router losses and expert load on the validation split.
+def evaluate(model: GPT, data: Dataset, config: TrainConfig, cast: AbstractContextManager) -> dict:
+    """Mean cross-entropy (nats per token, nothing else in it) on the validation split, and how the model routes there.
 
-    Always the same evenly spaced windows, shared out over the ranks. The balance loss is that of each batch of
-    batch_size windows, averaged, and so depends a little on how many windows a batch has.
+    Always the same evenly spaced windows, shared out over the ranks; neither batch_size nor their number matters.
     """
     rank, ranks = this_rank()
-    block_size, device = model.config.block_size, model.embed.weight.device
-    count = max(1, min(config.eval_tokens, len(tokens) - 1) // block_size)
-    offsets = np.linspace(0, len(tokens) - block_size - 1, count).astype(np.int64)[rank::ranks]
-    sums = torch.zeros(3, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
-    load = torch.zeros(model.config.n_layer, model.config.n_expert, device=device, dtype=torch.long)
+    c, device, tokens = model.config, model.embed.weight.device, data.val
+    count = max(1, min(config.eval_tokens, len(tokens) - 1) // c.block_size)
+    offsets = np.linspace(0, len(tokens) - c.block_size - 1, count).astype(np.int64)[rank::ranks]
+    depths = c.dag_depth if c.aggregator == "dag" else 0
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    means = torch.zeros(2 + 2 * depths, device=device, dtype=wide)  # loss, z-loss, and per depth gate and update
+    prob = torch.zeros(c.n_layer, c.n_expert, device=device, dtype=wide)
+    load = torch.zeros(c.n_layer, c.n_expert, device=device, dtype=torch.long)
+    max_logit = torch.zeros((), device=device)
     model.eval()
     for start in range(0, len(offsets), config.batch_size):
-        x, y = cut_windows(tokens, offsets[start : start + config.batch_size], model.config)
+        x, y = cut_windows(tokens, offsets[start : start + config.batch_size], c)
+        records = []
         with cast:
-            out = model(x.to(device), y.to(device))
-        sums += torch.stack([out.loss, out.balance, out.z]).to(sums) * len(x)
-        load += out.load
+            out = model(x.to(device), y.to(device), records)
+        share = len(x) / count
+        means += torch.stack([out.loss, out.router.z.mean(), *graph_means(records)]).to(wide) * share
+        prob += out.router.prob * share
+        load += out.router.load
+        max_logit = torch.maximum(max_logit, out.router.max_logit.max())
     model.train()
-    val_loss, balance, z = (sum_over_ranks(sums) / count).tolist()
-    load = sum_over_ranks(load)
+    val_loss, z, *graph = over_ranks(means).tolist()
+    load, prob, max_logit = over_ranks(load), over_ranks(prob), over_ranks(max_logit, dist.ReduceOp.MAX)
     share = load / load.sum(dim=1, keepdim=True)
     return {
         "val_loss": val_loss,
-        "balance": balance,
+        "val_bpb": val_loss / math.log(2) / data.bytes_per_token,  # bits per byte
+        "balance": balance_loss(load, prob).item(),
         "z": z,
+        "max_logit": max_logit.item(),
         "max_expert_share": share.max().item(),  # of the slots of its layer
         "dead_experts": int((load == 0).sum()),  # in all layers together
+        **dict(zip(graph_columns(c), graph, strict=True)),
     }
 
 
+def graph_columns(config: ModelConfig) -> list[str]:
+    """Names of what graph_means returns."""
+    depths = range(1, config.dag_depth + 1) if config.aggregator == "dag" else ()
+    return [f"{what}_{depth}" for depth in depths for what in ("dag_gate", "dag_update")]
+
+
+def graph_means(records: list[LayerRecord]) -> Iterator[torch.Tensor]:
+    """Per depth of the graph, over layers, tokens and nodes: the mean gate, and the mean of ‖W_up Σ_j m_ij‖ / ‖n_i‖."""
+    for depths in zip(*(record.depths for record in records), strict=True):
+        yield torch.stack([depth.edge_gate.mean() for depth in depths]).mean()
+        yield torch.stack([(depth.update / depth.node.clamp_min(1e-30)).mean() for depth in depths]).mean()
+
+
+def describe(result: dict) -> str:
+    """The three usual ways to state a validation loss."""
+    perplexity = math.exp(min(result["val_loss"], 700))  # more would overflow
+    return (
+        f"validation loss {result['val_loss']:.4f}, perplexity {perplexity:.2f}, bits per byte {result['val_bpb']:.4f}"
+    )
+
+
 def accumulate_gradients(
-    network: nn.Module,
-    tokens: np.ndarray,
-    model_config: ModelConfig,
-    config: TrainConfig,
-    step: int,
-    cast: AbstractContextManager,
+    model: GPT, network: nn.Module, tokens: np.ndarray, config: TrainConfig, step: int, cast: AbstractContextManager
 ) -> torch.Tensor:
-    """Add this step's gradient, averaged over its micro-steps, to the parameters. Returns this rank's mean loss."""
+    """Add this step's gradient, averaged over micro-steps and ranks, to the parameters. Returns this rank's mean loss.
+
+    `network` computes what `model` does: it is the model itself, compiled, wrapped for several ranks, or both.
+    """
     rank, ranks = this_rank()
-    micro_steps = range(rank, config.grad_accum, ranks)
-    device = next(network.parameters()).device
+    device = model.embed.weight.device
+    micro_steps = [get_batch(tokens, model.config, config, step, i) for i in range(rank, config.grad_accum, ranks)]
+    micro_steps = [(x.to(device), y.to(device)) for x, y in micro_steps]
+    load = None  # slots per layer and expert, of the whole batch, which the balance loss needs from the first part on
+    if len(micro_steps) > 1 and config.balance_coef > 0:  # so they are counted beforehand
+        with torch.no_grad(), cast:
+            load = over_ranks(sum(model.hidden(x)[1].load for x, _ in micro_steps))
     mean_loss = torch.zeros((), device=device)
-    for micro_step in micro_steps:
-        x, y = get_batch(tokens, model_config, config, step, micro_step)
-        exchange = ranks == 1 or micro_step == micro_steps[-1]  # ranks average their gradients once per step
+    for i, (x, y) in enumerate(micro_steps):
+        exchange = ranks == 1 or i == len(micro_steps) - 1  # ranks average their gradients once per step
         with nullcontext() if exchange else network.no_sync():
             with cast:
-                out = network(x.to(device), y.to(device))
-            loss = out.loss + config.balance_coef * out.balance + config.z_coef * out.z
+                out = network(x, y)
+            balance = balance_loss(over_ranks(out.router.load) if load is None else load, out.router.prob)
+            loss = out.loss + config.balance_coef * balance + config.z_coef * out.router.z.mean()
             (loss / len(micro_steps)).backward()
         mean_loss += out.loss.detach() / len(micro_steps)
     return mean_loss
 
 
-def write_log(path: Path, rows: list[dict]) -> None:
+def check_finite(model: GPT, step: int, out_dir: Path, **values: float) -> None:
+    """Raise UserError, naming the tensor, if one of the values is not a finite number."""
+    if all(math.isfinite(value) for value in values.values()):
+        return
+    weights = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    gradients = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    where = "all weights and gradients are finite"
+    if weights:
+        where = f"{len(weights)} weights are not finite, the first of them {weights[0]}"
+    elif gradients:  # they are computed from the output to the input, so the last one was the first to go wrong
+        where = f"{len(gradients)} gradients are not finite, the nearest to the output that of {gradients[-1]}"
+    numbers = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
+    raise UserError(
+        f"step {step}: {numbers}; {where}. The last checkpoint is kept in {out_dir}; start anew, or from its weights "
+        "with --init_from, with a lower --learning_rate or a longer --warmup_steps"
+    )
+
+
+def compile_if_possible(model: GPT) -> Callable:
+    """The compiled model, or, after one warning, the model itself where there is no working compiler."""
+    try:
+        with torch._inductor.config.patch(force_disable_caches=True):  # what was compiled earlier would prove nothing
+            torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=model.embed.weight.device))
+    except Exception as error:  # whatever the compiler's absence makes torch say
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        print(f"warning: going on without --compile, because nothing can be compiled here: {reason}", file=sys.stderr)
+        return model
+    return torch.compile(model)
+
+
+def write_log(path: Path, rows: list[dict], columns: list[str]) -> None:
     """Write log.csv anew; floats to six significant digits, an empty field where there is no value yet."""
     with replacing(path, "w") as file:
-        writer = csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         for row in rows:
             writer.writerow({key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()})
@@ -359,37 +604,22 @@ class StopRequest:
         print("\nfinishing this step, then saving (once more: stop at once)", file=sys.stderr)
 
 
-def load_run(path: Path, model_config: ModelConfig, config: TrainConfig) -> dict:
-    """The checkpoint to go on from. Raises UserError if going on with these settings would be another run."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist, so there is no run to go on with: start without --resume")
-    checkpoint = load_checkpoint(path)
-    old = checkpoint["train_config"] | checkpoint["model_config"]
-    new = asdict(config) | asdict(model_config)
-    keys = ["dataset", "seed", "batch_size", "grad_accum", *asdict(model_config)]
-    changed = [f"{key} (was {old.get(key)!r}, now {new[key]!r})" for key in keys if old.get(key) != new[key]]
-    if changed:
-        raise UserError(f"can't resume {path} with another {', '.join(changed)}; start anew with another --out_dir")
-    if checkpoint["step"] > config.max_steps:
-        raise UserError(f"{path} is at step {checkpoint['step']} already, beyond max_steps {config.max_steps}")
-    return checkpoint
-
-
 def tokens_per_step(model_config: ModelConfig, config: TrainConfig) -> int:
     """Tokens of one optimizer step, over all micro-steps and ranks."""
     return config.grad_accum * config.batch_size * model_config.block_size
 
 
-def print_plan(model: GPT, tokens: np.ndarray, config: TrainConfig, device: torch.device) -> None:
+def print_plan(model: GPT, data: Dataset, config: TrainConfig) -> None:
     """What is about to be computed, on what, and how much of it."""
     size, cost = model.count_parameters(), model.multiply_adds_per_token()
     per_step = tokens_per_step(model.config, config)
+    device = model.embed.weight.device
     print(
         f"{this_rank()[1]} x {device.type}, {choose_dtype(config.dtype, device)}; "
         f"{size.total:,} parameters, {size.active:,} active per token\n"
         f"{cost.total:,} multiply-adds per token, {cost.aggregator / cost.total:.0%} of them in the aggregator\n"
-        f"{config.max_steps:,} steps of {per_step:,} tokens, which is {config.max_steps * per_step / len(tokens):.2g} "
-        f"times all of {config.dataset}; results in {config.out_dir}"
+        f"{config.max_steps:,} steps of {per_step:,} tokens, which is "
+        f"{config.max_steps * per_step / len(data.train):.2g} times all of {data.name}; results in {config.out_dir}"
     )
     if config.warmup_steps > config.max_steps:
         print(f"note: the warm-up ({config.warmup_steps} steps) is longer than the run: learning_rate is never reached")
@@ -413,25 +643,66 @@ def print_samples(model: GPT, encoding: str, config: TrainConfig, cast: Abstract
         print()
 
 
+def command_to_go_on(config: TrainConfig) -> str:
+    """The command line of this run with --resume."""
+    ranks = this_rank()[1]
+    if ranks > int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        return "the same commands on every machine, and --resume"
+    start = ["python"] if ranks == 1 else ["torchrun", "--standalone", f"--nproc_per_node={ranks}"]
+    return shlex.join([*start, *sys.argv] + ["--resume"] * (not config.resume))
+
+
+def evaluate_only(config: TrainConfig) -> None:
+    """Print a line of losses for each dataset in config.eval_only."""
+    names = config.eval_only.split(",")
+    prepare_known(names)
+    device = choose_device(join_ranks(config.device))
+    model, checkpoint = load_model(checkpoint_path(Path(config.init_from or config.out_dir)), device)
+    datasets = [open_dataset(name) for name in names]
+    for data in datasets:
+        check_fits(data, model.config, checkpoint["encoding"])
+    width = max(len(data.name) for data in datasets)
+    for data in datasets:
+        result = evaluate(model, data, config, autocast(device, choose_dtype(config.dtype, device)))
+        if this_rank()[0] == 0:
+            print(f"{data.name:{width}}  {describe(result)}")
+
+
 def main() -> None:
     settings = read_settings(sys.argv[1:])
     config = make_config(TrainConfig, settings)
-    first = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0"
-    if first and config.dataset in KNOWN and not (DATA / config.dataset / "meta.json").exists():
-        print(f"dataset {config.dataset!r} is not there yet: python prepare.py {config.dataset}")
-        prepare([config.dataset])
+    if config.eval_only:
+        return evaluate_only(config)
+
+    out_dir = Path(config.out_dir)
+    checkpoint = None  # what this run begins with
+    if config.resume:
+        path = out_dir / "ckpt.pt"
+        checkpoint = load_to_resume(out_dir)
+        settings = checkpoint["train_config"] | checkpoint["model_config"] | settings
+        config = make_config(TrainConfig, settings)
+    elif any((out_dir / name).exists() for name in ("ckpt.pt", "best.pt", "log.csv")):
+        raise UserError(f"{out_dir} holds a run already: add --resume to go on, choose another --out_dir, or delete it")
+    elif config.init_from:
+        path = checkpoint_path(Path(config.init_from))
+        checkpoint = load_checkpoint(path)
+        settings = checkpoint["model_config"] | settings
+    prepare_known([config.dataset])
     device = choose_device(join_ranks(config.device))
     cast = autocast(device, choose_dtype(config.dtype, device))
     rank, ranks = this_rank()
     main_rank = rank == 0
     if config.grad_accum % ranks:
         raise UserError(f"grad_accum ({config.grad_accum}) must be a multiple of the number of ranks ({ranks})")
-    model_config, meta, data = open_dataset(config.dataset, settings)
 
-    out_dir = Path(config.out_dir)
-    resumed = load_run(out_dir / "ckpt.pt", model_config, config) if config.resume else None
-    if not resumed and any((out_dir / name).exists() for name in ("ckpt.pt", "best.pt", "log.csv")):
-        raise UserError(f"{out_dir} holds a run already: add --resume to go on, choose another --out_dir, or delete it")
+    data = open_dataset(config.dataset)
+    model_config = make_config(ModelConfig, {"vocab_size": data.meta["vocab_size"]} | settings)
+    encoding = checkpoint["encoding"] if checkpoint else data.meta["encoding"]
+    check_fits(data, model_config, encoding)
+    if config.resume:
+        changed = check_resume(path, checkpoint, config, model_config, data)
+    elif checkpoint:
+        check_init(path, checkpoint, model_config)
 
     torch.manual_seed(config.seed)
     try:
@@ -441,115 +712,101 @@ def main() -> None:
             f"a model of this size can't be built on {device.type}: {str(error).splitlines()[0]}"
         ) from error
     optimizer = make_optimizer(model, config)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    step, best_val_loss, log = 0, math.inf, []
-    loss_sum, loss_steps, grad_norm = 0.0, 0, None  # training loss since the last evaluation; norm of the last gradient
-    if resumed:
-        try:
-            model.load_state_dict(resumed["model"])
-            optimizer.load_state_dict(resumed["optimizer"])
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise UserError(f"{out_dir / 'ckpt.pt'} is damaged: its weights do not fit its configuration") from error
-        set_decay_rates(optimizer, config)
-        step, best_val_loss, log = resumed["step"], resumed["best_val_loss"], resumed["log"]
-        loss_sum, loss_steps, grad_norm = resumed["loss_sum"], resumed["loss_steps"], resumed["grad_norm"]
+    progress = Progress()
+    if checkpoint:
+        load_weights(path, checkpoint, model, optimizer if config.resume else None)
+    if config.resume:
+        progress = Progress(**{f.name: checkpoint[f.name] for f in fields(Progress)})
 
-    def save(name: str) -> None:
-        checkpoint = {
+    def save() -> None:
+        contents = {
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "model_config": asdict(model_config),
             "train_config": asdict(config),
-            "encoding": meta["encoding"],
-            "step": step,
-            "best_val_loss": best_val_loss,
-            "log": log,
-            "loss_sum": loss_sum,
-            "loss_steps": loss_steps,
-            "grad_norm": grad_norm,
+            "encoding": encoding,
+            "data": data.fingerprint,
             "version": VERSION,
         }
-        with replacing(out_dir / name) as file:
-            torch.save(checkpoint, file)
+        save_checkpoint(out_dir / "ckpt.pt", contents | asdict(progress))
 
-    network = torch.compile(model) if config.compile else model  # has the parameters of `model`, not copies
+    network = compile_if_possible(model) if config.compile else model  # has the parameters of `model`, not copies
     if ranks > 1:
         network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
     step_tokens = tokens_per_step(model_config, config)
+    out_dir.mkdir(parents=True, exist_ok=True)
     if main_rank:
-        print_plan(model, data["train"], config, device)
+        print_plan(model, data, config)
+        if config.resume:
+            print(f"going on after step {progress.step}" + "".join(f"; changed: {text}" for text in changed))
+        elif checkpoint:
+            print(f"starting from the weights of {path}, step {checkpoint['step']}")
 
     stop, stopping = StopRequest(), False
-    started = time.perf_counter()
-    timed_steps, timed_seconds = 0, 0.0  # since the last evaluation, evaluations left out
+    started = since = time.perf_counter()
+    timed_steps = 0  # since the last evaluation ended, which is at the time `since`
     bar = tqdm(
         total=config.max_steps,
-        initial=step,
+        initial=progress.step,
         unit="step",
         mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file wants fewer lines than a terminal
         disable=not main_rank,
     )
-    with bar:
+    with bar, noticing_lost_ranks(out_dir):
         while True:
-            due = step % config.eval_interval == 0 or step == config.max_steps
-            if due and not stopping and not (log and log[-1]["step"] == step):
-                result = evaluate(model, data["val"], config, cast)
-                val = meta["splits"]["val"]
-                row = {
-                    "step": step,
-                    "tokens": step * step_tokens,
-                    "train_loss": loss_sum / loss_steps if loss_steps else None,
-                    "val_bpb": result["val_loss"] / math.log(2) * val["tokens"] / val["bytes"],  # bits per byte
-                    "lr": learning_rate(step, config),
-                    "grad_norm": grad_norm,
-                    "tokens_per_s": timed_steps * step_tokens / timed_seconds if timed_steps else None,
-                }
-                log.append(row | result)
-                loss_sum, loss_steps, timed_steps, timed_seconds = 0.0, 0, 0, 0.0
-                if main_rank:
-                    tqdm.write(
-                        f"step {step:>6}: validation loss {result['val_loss']:.4f}, "
-                        f"perplexity {math.exp(result['val_loss']):.2f}, bits per byte {row['val_bpb']:.4f}"
-                    )
-                    write_log(out_dir / "log.csv", log)
-                    if result["val_loss"] < best_val_loss:
-                        best_val_loss = result["val_loss"]
-                        save("best.pt")
-                    save("ckpt.pt")
+            step = progress.step
+            if (step % config.eval_interval == 0 or step == config.max_steps) and not stopping:
+                if not progress.evaluated:
+                    seconds = time.perf_counter() - since
+                    result = evaluate(model, data, config, cast)
+                    check_finite(model, step, out_dir, validation_loss=result["val_loss"])
+                    progress.log.append({
+                        "step": step,
+                        "tokens": step * step_tokens,
+                        "train_loss": progress.loss_sum / progress.loss_steps if progress.loss_steps else None,
+                        "lr": learning_rate(step, config),
+                        "grad_norm": progress.grad_norm,
+                        "tokens_per_s": timed_steps * step_tokens / seconds if timed_steps else None,
+                        **result,
+                    })  # fmt: skip
+                    progress.loss_sum, progress.loss_steps = 0.0, 0
+                    if main_rank:
+                        tqdm.write(f"step {step:>6}: {describe(result)}")
+                        save()
+                if main_rank:  # after a resumption once more: the process may have been killed right here
+                    if progress.best:
+                        also_call(out_dir / "ckpt.pt", out_dir / "best.pt")
+                    write_log(out_dir / "log.csv", progress.log, [*LOG_COLUMNS, *graph_columns(model_config)])
+                since, timed_steps = time.perf_counter(), 0
             if stopping or step == config.max_steps:
                 break
 
-            start = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config)
-            step_loss = accumulate_gradients(network, data["train"], model_config, config, step, cast)
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            step_loss = accumulate_gradients(model, network, data.train, config, step, cast)
+            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
             # Whether to stop is decided by all ranks together, at the same step.
-            totals = sum_over_ranks(torch.stack([step_loss, torch.full_like(step_loss, stop.seen)]))
-            step_loss, stopping, grad_norm = totals[0].item() / ranks, totals[1].item() > 0, grad_norm.item()
-            if not math.isfinite(step_loss) or not math.isfinite(grad_norm):
-                raise UserError(
-                    f"step {step}: loss {step_loss}, gradient norm {grad_norm}. The checkpoint of the last evaluation "
-                    f"is kept in {out_dir}; try a lower --learning_rate or a longer --warmup_steps"
-                )
+            totals = over_ranks(torch.stack([step_loss, torch.full_like(step_loss, stop.seen)]))
+            step_loss, stopping = totals[0].item() / ranks, totals[1].item() > 0
+            check_finite(model, step, out_dir, loss=step_loss, gradient_norm=grad_norm.item())
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            step += 1
-            loss_sum, loss_steps = loss_sum + step_loss, loss_steps + 1
-            timed_steps, timed_seconds = timed_steps + 1, timed_seconds + time.perf_counter() - start
-            tokens_per_s = timed_steps * step_tokens / timed_seconds
+            progress.step, progress.grad_norm = step + 1, grad_norm.item()
+            progress.loss_sum, progress.loss_steps = progress.loss_sum + step_loss, progress.loss_steps + 1
+            timed_steps += 1
+            tokens_per_s = timed_steps * step_tokens / (time.perf_counter() - since)
             bar.set_postfix_str(f"loss {step_loss:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
             bar.update()
 
     if main_rank and stopping:
-        save("ckpt.pt")
-        start = ["python"] if ranks == 1 else ["torchrun", "--standalone", f"--nproc_per_node={ranks}"]
-        command = shlex.join([*start, *sys.argv] + ["--resume"] * (not config.resume))
-        print(f"stopped after step {step} and saved; go on with: {command}")
+        save()
+        print(f"stopped after step {progress.step} and saved; go on with: {command_to_go_on(config)}")
     elif main_rank:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # all is saved: Ctrl-C may end the samples
-        print(f"{time.perf_counter() - started:.0f} s for training; lowest validation loss {best_val_loss:.4f}")
-        print_samples(model, meta["encoding"], config, cast)
+        lowest = min(row["val_loss"] for row in progress.log)
+        print(f"{time.perf_counter() - started:.0f} s for training; lowest validation loss {lowest:.4f}")
+        print_samples(model, encoding, config, cast)
         print(f"\nfor more: python sample.py {shlex.quote(config.out_dir)} --prompt 'YOUR TEXT'")
     if ranks > 1:
         dist.destroy_process_group()

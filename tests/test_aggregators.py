@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from model import GPT, DAGAggregator, WeightedSum
-from tests.reference import assert_same, plain_dag, randomize, results_and_gradients, tiny_config
+from model import GPT, DAGAggregator, MoE, WeightedSum
+from tests.reference import assert_same, plain_dag, randomize, results_and_gradients, rms_norm, tiny_config
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -129,3 +129,74 @@ def test_nothing_grows_with_the_number_of_edges():
         kept[top_k] = sum(storages.values())
         assert result.requires_grad
     assert kept[8] <= 2.1 * kept[4], kept
+
+
+# What is recorded
+
+
+@pytest.mark.parametrize("gate_name", ["sigmoid", "silu"])
+def test_records_are_the_equations_edge_by_edge(gate_name):
+    """Mean gates, norms of messages, updates and nodes, per depth, equal a loop over tokens and edges."""
+    config = tiny_config(dag_gate=gate_name)
+    aggregator = randomize(DAGAggregator(config)).double()
+    inputs = random_inputs(config, tokens=5, dtype=torch.float64)
+    depths = []
+    aggregator(**inputs, depths=depths)
+    sigma = {"sigmoid": torch.sigmoid, "silu": torch.nn.functional.silu}[gate_name]
+    h, out, gate = inputs.values()
+    for s in range(5):
+        nodes = [gate[s, i] * out[s, i] + h[s] / 3 for i in range(3)]
+        for layer, record in zip(aggregator.layers, depths, strict=True):
+            z = [layer.w_down.weight @ rms_norm(n, layer.norm.weight) for n in nodes]
+            new = []
+            for i in range(3):
+                total = 0
+                for j in range(3):
+                    edge = torch.cat([z[i], z[j]])
+                    e = sigma(layer.w_edge.weight @ edge)
+                    m = e * (layer.w_node.weight @ edge)
+                    assert record.edge_gate[s, i, j].item() == pytest.approx(e.mean().item(), rel=1e-4)
+                    assert record.message[s, i, j].item() == pytest.approx(m.norm().item(), rel=1e-4)
+                    total = total + m
+                step = layer.w_up.weight @ total
+                assert record.update[s, i].item() == pytest.approx(step.norm().item(), rel=1e-4)
+                assert record.node[s, i].item() == pytest.approx(nodes[i].norm().item(), rel=1e-4)
+                new.append(nodes[i] + step)
+            nodes = new
+
+
+@pytest.mark.parametrize("aggregator", ["sum", "dag"])
+def test_recording_changes_nothing(aggregator):
+    """Logits and losses are bit-identical with records; a record per layer, whose norms are those of the update."""
+    torch.manual_seed(0)
+    model = randomize(GPT(tiny_config(aggregator=aggregator)))
+    tokens = torch.randint(23, (2, 16), generator=torch.Generator().manual_seed(1))
+    records = []
+    plain, recorded = model(tokens, tokens), model(tokens, tokens, records)
+    assert torch.equal(plain.logits, recorded.logits) and torch.equal(plain.loss, recorded.loss)
+    assert len(records) == 2
+    for i, record in enumerate(records):
+        slots = torch.bincount(record.expert.flatten(), minlength=8)
+        assert record.expert.shape == record.gate.shape == (32, 3) and torch.equal(slots, plain.router.load[i])
+        assert (record.gate.sum(dim=1) - 1).abs().max() <= 1e-5
+        assert len(record.depths) == (2 if aggregator == "dag" else 0)
+        beyond = (record.beyond_sum / record.update).max().item()
+        assert beyond > 0.1 if aggregator == "dag" else beyond < 1e-4
+
+
+def test_norms_of_the_record_are_those_of_the_moe():
+    """update and beyond_sum are the norms of h' - h and of its part that a weighted sum would not have added."""
+    torch.manual_seed(0)
+    moe = randomize(MoE(tiny_config()))
+    h = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(1))
+    records = []
+    update = moe(h, records)[0] - h
+    x = moe.norm(h).view(7, 32)
+    gate, expert, _ = moe.router(x)
+    weighted = (gate.unsqueeze(-1) * moe.experts(x, expert)).sum(dim=1)
+    beyond_sum = update.view(7, 32) - weighted
+    assert_same(
+        {"update": records[0].update, "beyond_sum": records[0].beyond_sum},
+        {"update": update.view(7, 32).norm(dim=-1), "beyond_sum": beyond_sum.norm(dim=-1)},
+        1e-5,
+    )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_module
-from model import GPT, Experts, ModelConfig, Router, window_start
+from model import GPT, Experts, ModelConfig, Router, RouterStats, balance_loss, window_start
 from tests.reference import assert_same, plain_experts, randomize, results_and_gradients, tiny_config
 
 BOTH = pytest.mark.parametrize("aggregator", ["sum", "dag"])
@@ -27,6 +27,11 @@ def random_tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 # Router
 
 
+def balance_of(stats: RouterStats) -> torch.Tensor:
+    """The balance loss of one layer."""
+    return balance_loss(stats.load[None], stats.prob[None])
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_balance_loss(top_k):
     """1 when balanced for any K; E/K when collapsed onto K experts."""
@@ -40,11 +45,11 @@ def test_balance_loss(top_k):
     for s in range(E):
         for i in range(top_k):
             balanced[s, (s + i) % E] = 20.0
-    assert router(balanced)[2].balance.item() == pytest.approx(1.0, abs=1e-4)
+    assert balance_of(router(balanced)[2]).item() == pytest.approx(1.0, abs=1e-4)
     collapsed = torch.zeros(E, 32)
     collapsed[:, :top_k] = 20.0
     _, expert, stats = router(collapsed)
-    assert stats.balance.item() == pytest.approx(E / top_k, rel=1e-4)
+    assert balance_of(stats).item() == pytest.approx(E / top_k, rel=1e-4)
     assert stats.load.tolist() == [E] * top_k + [0] * (E - top_k)
     assert set(expert.flatten().tolist()) == set(range(top_k))
 
@@ -53,7 +58,7 @@ def test_balance_gradient_reaches_unselected_experts():
     """Every expert's router weights get a gradient from the balance loss, also those no token selected."""
     router = randomize(Router(tiny_config(n_expert=8, top_k=1)))
     _, expert, stats = router(torch.randn(1, 32, generator=torch.Generator().manual_seed(0)))
-    stats.balance.backward()
+    balance_of(stats).backward()
     unselected = [e for e in range(8) if e not in expert]
     assert len(unselected) == 7
     assert (router.weight.grad[unselected].abs().amax(dim=1) > 0).all()
@@ -61,12 +66,12 @@ def test_balance_gradient_reaches_unselected_experts():
 
 @pytest.mark.parametrize("norm_topk", [True, False])
 def test_router_equals_a_loop(norm_topk):
-    """Gates, experts, load and both losses as algorithm and formulas have them, token by token."""
+    """Gates, experts, load, both losses and the largest logit as the formulas have them, token by token."""
     config = tiny_config(norm_topk=norm_topk)
     router = randomize(Router(config)).double()
     x = torch.randn(9, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     gate, expert, stats = router(x)
-    load, mean_prob, z = [0] * 8, torch.zeros(8, dtype=torch.float64), 0.0
+    load, mean_prob, z, max_logit = [0] * 8, torch.zeros(8, dtype=torch.float64), 0.0, 0.0
     for s in range(9):
         logits = router.weight @ x[s]
         prob = logits.exp() / logits.exp().sum()
@@ -78,10 +83,28 @@ def test_router_equals_a_loop(norm_topk):
             load[e] += 1
         mean_prob += prob / 9
         z += (logits.exp().sum().log() ** 2 / 9).item()
+        max_logit = max(max_logit, *(abs(x) for x in logits.tolist()))
     assert stats.load.tolist() == load
     assert stats.z.item() == pytest.approx(z, abs=1e-10)
+    assert stats.max_logit.item() == pytest.approx(max_logit, abs=1e-12) and not stats.max_logit.requires_grad
     balance = 8 * sum(load[e] / 27 * mean_prob[e].item() for e in range(8))
-    assert stats.balance.item() == pytest.approx(balance, abs=1e-10)
+    assert balance_of(stats).item() == pytest.approx(balance, abs=1e-10)
+
+
+def test_balance_loss_of_parts_averages_to_that_of_the_whole():
+    """With the whole batch's load, the losses of a batch's parts, and their gradients, average to the whole's."""
+    router = randomize(Router(tiny_config())).double()
+    x = torch.randn(12, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    whole = router(x)[2]
+    halves = [router(part)[2] for part in x.split(6)]
+    losses = [balance_loss(whole.load[None], half.prob[None]) for half in halves]
+    gradients = [torch.autograd.grad(loss, router.weight)[0] for loss in (balance_of(whole), sum(losses) / 2)]
+    assert sum(losses).item() / 2 == pytest.approx(balance_of(whole).item(), abs=1e-12)
+    assert (gradients[0] - gradients[1]).abs().max() <= 1e-12
+    assert sum(balance_of(half) for half in halves).item() / 2 != pytest.approx(balance_of(whole).item(), abs=1e-3)
+    layers = torch.stack([whole.load, halves[0].load]), torch.stack([whole.prob, halves[0].prob])
+    mean = (balance_of(whole) + balance_of(halves[0])).item() / 2
+    assert balance_loss(*layers).item() == pytest.approx(mean, abs=1e-12)
 
 
 def test_router_keeps_full_precision_under_autocast():
@@ -191,17 +214,16 @@ def test_no_leak_from_the_future_or_from_other_rows(aggregator, training):
 
 
 def test_forward_always_returns_the_same_thing():
-    """Logits, loss, balance, z, load; targets of -1 are ignored; losses are raw; load counts every slot."""
+    """Logits, loss, router statistics of every layer; targets of -1 are ignored; load counts every slot."""
     model = tiny_model()
     tokens, targets = random_tokens(2, 16), random_tokens(2, 16, seed=1)
     without, with_targets = model(tokens), model(tokens, targets)
     assert without.loss is None and torch.equal(without.logits, with_targets.logits)
     plain = F.cross_entropy(without.logits.flatten(0, 1), targets.flatten())
     assert with_targets.loss.item() == pytest.approx(plain.item(), abs=1e-6)
-    assert without.load.shape == (2, 8) and (without.load.sum(dim=1) == 2 * 16 * 3).all()
-    layers = model.hidden(tokens)[1]
-    assert without.balance.item() == pytest.approx(sum(s.balance.item() for s in layers) / 2, abs=1e-6)
-    assert without.z.item() == pytest.approx(sum(s.z.item() for s in layers) / 2, abs=1e-5)
+    router = without.router
+    assert router.load.shape == (2, 8) and (router.load.sum(dim=1) == 2 * 16 * 3).all()
+    assert router.prob.shape == (2, 8) and router.z.shape == router.max_logit.shape == (2,)
 
     masked = targets.clone()
     masked[:, 5:] = -1
@@ -263,7 +285,7 @@ def test_compiles_without_breaks_in_bfloat16(aggregator):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             out = network(tokens, tokens)
-        (out.loss + out.balance).backward()
+        (out.loss + balance_loss(out.router.load, out.router.prob)).backward()
         return {"loss": out.loss.detach(), "grad": model.blocks[0].moe.experts.up_proj.grad.clone()}
 
     with warnings.catch_warnings():
@@ -319,7 +341,7 @@ def test_generating_changes_nothing():
     before = dict(model.state_dict()), model(tokens, tokens)
     generate(model, tokens[:, :4], 20)
     after = model(tokens, tokens)
-    assert torch.equal(before[1].loss, after.loss) and torch.equal(before[1].balance, after.balance)
+    assert torch.equal(before[1].loss, after.loss) and torch.equal(before[1].router.prob, after.router.prob)
     assert before[0].keys() == model.state_dict().keys()
 
 

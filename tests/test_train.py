@@ -16,8 +16,9 @@ import torch.nn.functional as F
 
 import prepare
 import train
-from model import GPT, ModelConfig
+from model import GPT, ModelConfig, balance_loss
 from tests.conftest import TINY_RUN
+from tests.reference import randomize
 from train import TrainConfig
 
 REPOSITORY = Path(train.__file__).parent
@@ -66,37 +67,65 @@ def test_batch_is_a_function_of_data_seed_and_step():
 
 
 def test_evaluation_equals_a_plain_loop(corpus):
-    """Validation loss is the mean cross-entropy over evenly spaced windows, whatever the batch size."""
+    """Validation loss is the mean cross-entropy over evenly spaced windows; nothing depends on the batch size."""
     torch.manual_seed(0)
     model = GPT(ModelConfig(block_size=16, n_layer=1))
-    tokens = prepare.load_tokens("tiny", "val")
+    data = train.open_dataset("tiny")
+    tokens = data.val
     windows = np.linspace(0, len(tokens) - 17, 30).astype(int)
     losses = []
     for i in windows:
         window = torch.from_numpy(tokens[i : i + 17].astype(np.int64))[None]
         losses.append(F.cross_entropy(model(window[:, :-1]).logits[0], window[0, 1:]).item())
+    results = []
     for batch_size in (1, 7, 100):
         config = TrainConfig(eval_tokens=30 * 16 + 5, batch_size=batch_size)
-        result = train.evaluate(model, tokens, config, train.autocast(torch.device("cpu"), torch.float32))
-        assert result["val_loss"] == pytest.approx(sum(losses) / 30, abs=1e-5)
-        assert model.training
+        results.append(train.evaluate(model, data, config, train.nullcontext()))
+        assert results[-1]["val_loss"] == pytest.approx(sum(losses) / 30, abs=1e-5)
+        assert results[-1] == pytest.approx(results[0], rel=1e-5) and model.training
     all_tokens = TrainConfig(eval_tokens=10**9, batch_size=64)
-    assert train.evaluate(model, tokens, all_tokens, train.nullcontext())["dead_experts"] == 0
+    assert train.evaluate(model, data, all_tokens, train.nullcontext())["dead_experts"] == 0
 
 
-def test_accumulation_gives_the_gradient_of_the_whole_batch(corpus):
-    """Four micro-steps add up to the mean loss and the mean gradient of one large batch."""
+def test_evaluation_reports_routing_and_graph(corpus):
+    """Balance, largest logit, load, mean gates and updates are those of one forward pass over all windows."""
     torch.manual_seed(0)
-    model = GPT(ModelConfig(block_size=16, n_layer=1))
+    model = randomize(GPT(ModelConfig(block_size=16, n_layer=2, n_embd=32)))
+    data = train.open_dataset("tiny")
+    result = train.evaluate(model, data, TrainConfig(eval_tokens=20 * 16, batch_size=3), train.nullcontext())
+    offsets = np.linspace(0, len(data.val) - 17, 20).astype(int)
+    records = []
+    out = model(*train.cut_windows(data.val, offsets, model.config), records)
+    share = out.router.load / out.router.load.sum(dim=1, keepdim=True)
+    expected = {
+        "val_loss": out.loss.item(),
+        "z": sum(z.item() for z in out.router.z) / 2,
+        "balance": sum(16 * (share[i] * out.router.prob[i]).sum().item() for i in range(2)) / 2,
+        "max_logit": max(x.item() for x in out.router.max_logit),
+        "max_expert_share": share.max().item(),
+    }
+    for depth in range(2):
+        gates = [record.depths[depth].edge_gate.mean().item() for record in records]
+        updates = [(r.depths[depth].update / r.depths[depth].node).mean().item() for r in records]
+        expected |= {f"dag_gate_{depth + 1}": sum(gates) / 2, f"dag_update_{depth + 1}": sum(updates) / 2}
+    assert expected["dag_gate_1"] != pytest.approx(expected["dag_gate_2"], rel=1e-3)
+    assert {key: result[key] for key in expected} == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("balance_coef", [0.0, 1.0])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(corpus, balance_coef):
+    """Four micro-steps add up to the mean loss and the mean gradient of one large batch, balance loss included."""
+    torch.manual_seed(0)
+    model = randomize(GPT(ModelConfig(block_size=16, n_layer=2)), std=0.05)
     tokens = prepare.load_tokens("tiny", "train")
     results = []
     for batch_size, grad_accum in ((8, 1), (2, 4)):
-        config = TrainConfig(batch_size=batch_size, grad_accum=grad_accum, balance_coef=0.0)
+        config = TrainConfig(batch_size=batch_size, grad_accum=grad_accum, balance_coef=balance_coef)
         model.zero_grad()
-        loss = train.accumulate_gradients(model, tokens, model.config, config, 3, train.nullcontext())
+        loss = train.accumulate_gradients(model, model, tokens, config, 3, train.nullcontext())
         results.append([loss, *(p.grad.clone() for p in model.parameters())])
     for whole, parts in zip(*results, strict=True):
-        assert (whole - parts).abs().max() <= 1e-6
+        assert (whole - parts).abs().max() <= 1e-5 * max(1.0, whole.abs().max().item())
 
 
 def test_what_is_minimised(corpus):
@@ -105,10 +134,11 @@ def test_what_is_minimised(corpus):
     model = GPT(ModelConfig(block_size=16, n_layer=1))
     tokens = prepare.load_tokens("tiny", "train")
     config = TrainConfig(batch_size=4, balance_coef=0.5, z_coef=0.25)
-    loss = train.accumulate_gradients(model, tokens, model.config, config, 0, train.nullcontext())
+    loss = train.accumulate_gradients(model, model, tokens, config, 0, train.nullcontext())
     got = [p.grad.clone() for p in model.parameters()]
     out = model(*train.get_batch(tokens, model.config, config, 0, 0))
-    expected = torch.autograd.grad(out.loss + 0.5 * out.balance + 0.25 * out.z, list(model.parameters()))
+    balance = balance_loss(out.router.load, out.router.prob)
+    expected = torch.autograd.grad(out.loss + 0.5 * balance + 0.25 * out.router.z.mean(), list(model.parameters()))
     assert loss.item() == pytest.approx(out.loss.item(), abs=1e-6)
     for a, b in zip(got, expected, strict=True):
         assert (a - b).abs().max() <= 1e-6
@@ -144,7 +174,8 @@ def test_run_logs_and_saves(corpus, call):
     assert status == 0, error
     rows = read_log()
     columns = (
-        "step,tokens,train_loss,val_loss,val_bpb,balance,z,lr,grad_norm,tokens_per_s,max_expert_share,dead_experts"
+        "step,tokens,train_loss,val_loss,val_bpb,balance,z,lr,grad_norm,tokens_per_s,max_logit,max_expert_share,"
+        "dead_experts,dag_gate_1,dag_update_1,dag_gate_2,dag_update_2"
     )
     assert Path("out/tiny/log.csv").read_text().splitlines()[0] == columns
     assert [int(row["step"]) for row in rows] == [0, 20, 40]
@@ -156,9 +187,11 @@ def test_run_logs_and_saves(corpus, call):
     bits = float(rows[2]["val_loss"]) / math.log(2) * val["tokens"] / val["bytes"]
     assert float(rows[2]["val_bpb"]) == pytest.approx(bits, rel=1e-4)
     assert 0.9 < float(rows[2]["balance"]) < 2 and 0.25 <= float(rows[2]["max_expert_share"]) <= 0.5
+    assert float(rows[0]["dag_update_1"]) == 0 < float(rows[2]["dag_update_1"]), "W_up starts at zero"
+    assert float(rows[0]["dag_gate_1"]) == pytest.approx(0.5, abs=0.01)
     checkpoint = load("out/tiny/ckpt.pt")
     assert checkpoint["step"] == 40 and checkpoint["encoding"] == "bytes"
-    assert checkpoint["best_val_loss"] == pytest.approx(float(rows[2]["val_loss"]), rel=1e-5)
+    assert load("out/tiny/previous.pt")["step"] == 20 and load("out/tiny/best.pt")["step"] == 40
     assert ModelConfig(**checkpoint["model_config"]).n_embd == 16 and checkpoint["train_config"]["max_steps"] == 40
     assert set(checkpoint["model"]) == set(GPT(ModelConfig(**checkpoint["model_config"])).state_dict())
     assert out.count("--- sample") == 2 and "python sample.py out/tiny" in out
