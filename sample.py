@@ -6,6 +6,7 @@ Needs nothing but the checkpoint: it holds the model's configuration and the nam
 import argparse
 import codecs
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -68,8 +69,10 @@ def load_checkpoint(path: Path) -> dict:
             f"{path} does not exist; train a model first, for example: python train.py configs/quickstart.toml"
         )
     try:
-        with warnings.catch_warnings():
+        with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            if archive.testzip():  # torch.load does not compare the checksums that torch.save wrote
+                raise ValueError("checksum")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch stumbles over: the file is not what train.py wrote
         raise UserError(f"{path} is damaged or not a checkpoint of train.py ({type(error).__name__})") from error

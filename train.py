@@ -112,6 +112,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr ({self.min_lr}) must not exceed learning_rate ({self.learning_rate})")
+        if self.eval_only and not all(self.eval_only.split(",")):
+            raise ValueError(f"eval_only must be names of datasets with commas between, got {self.eval_only!r}")
         if self.eval_only and self.resume:
             raise ValueError("resume and eval_only exclude each other")
 
@@ -315,7 +317,7 @@ def noticing_lost_ranks(out_dir: Path) -> Iterator[None]:
         if this_rank()[1] == 1 or not re.search("gloo|nccl|peer", str(error), re.IGNORECASE):
             raise
         print(f"rank {this_rank()[0]} has lost another rank; waiting for torchrun to end this one", file=sys.stderr)
-        time.sleep(10)  # torchrun reports the rank that ends first, which shall be the one with the cause
+        time.sleep(2)  # torchrun reports the rank that ends first, which shall be the one with the cause
         raise UserError(
             f"another rank has ended (its own message, or torchrun's, says why); the last checkpoint is in {out_dir}: "
             "go on with --resume, if need be with fewer ranks"
@@ -396,7 +398,8 @@ def check_resume(
     changed = {key: f"{key} (was {old[key]!r}, now {new[key]!r})" for key in new if old[key] != new[key]}
     refused = [text for key, text in changed.items() if key not in RESUME_MAY_CHANGE]
     if old["batch_size"] * old["grad_accum"] != new["batch_size"] * new["grad_accum"]:
-        refused += [f"batch_size x grad_accum ({changed.get('batch_size')}, {changed.get('grad_accum')})"]
+        was, now = (f"{settings['batch_size']} x {settings['grad_accum']}" for settings in (old, new))
+        refused += [f"batch_size x grad_accum (was {was}, now {now})"]
     if not refused and checkpoint["data"] != data.fingerprint:
         raise UserError(f"can't resume {path}: dataset {data.name!r} was prepared anew since, with another result")
     if refused:
@@ -558,9 +561,9 @@ def check_finite(model: GPT, step: int, out_dir: Path, **values: float) -> None:
     gradients = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     where = "all weights and gradients are finite"
     if weights:
-        where = f"{len(weights)} weights are not finite, the first of them {weights[0]}"
-    elif gradients:  # they are computed from the output to the input, so the last one was the first to go wrong
-        where = f"{len(gradients)} gradients are not finite, the nearest to the output that of {gradients[-1]}"
+        where = f"not finite: weight {weights[0]}, and {len(weights) - 1} more"
+    elif gradients:  # they are computed from the output to the input: the last one in the model went wrong first
+        where = f"not finite: the gradient of {gradients[-1]}, and {len(gradients) - 1} more"
     numbers = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
     raise UserError(
         f"step {step}: {numbers}; {where}. The last checkpoint is kept in {out_dir}; start anew, or from its weights "
@@ -738,7 +741,7 @@ def main() -> None:
     if main_rank:
         print_plan(model, data, config)
         if config.resume:
-            print(f"going on after step {progress.step}" + "".join(f"; changed: {text}" for text in changed))
+            print(f"going on after step {progress.step}" + (f"; changed: {', '.join(changed)}" if changed else ""))
         elif checkpoint:
             print(f"starting from the weights of {path}, step {checkpoint['step']}")
 

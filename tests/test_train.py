@@ -3,9 +3,12 @@
 import csv
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -18,6 +21,7 @@ import prepare
 import train
 from model import GPT, ModelConfig, balance_loss
 from tests.conftest import TINY_RUN
+from tests.kill_train import kill_train
 from tests.reference import randomize
 from train import TrainConfig
 
@@ -199,9 +203,10 @@ def test_run_logs_and_saves(corpus, call):
 
 
 @pytest.mark.parametrize("stop_at", [3, 4], ids=["at an evaluation", "between evaluations"])
-def test_resuming_is_exact(corpus, call, monkeypatch, stop_at):
+@pytest.mark.parametrize("batch", [("--batch_size=4",), ("--batch_size=2", "--grad_accum=2")], ids=["whole", "parts"])
+def test_resuming_is_exact(corpus, call, monkeypatch, stop_at, batch):
     """Interrupted and resumed: weights, moments and log rows equal an undisturbed run's, bit for bit."""
-    run = (*TINY_RUN, "--grad_accum=2")
+    run = (*TINY_RUN, *batch)
     assert call(train, *run)[0] == 0
     undisturbed, rows = load("out/tiny/ckpt.pt"), read_log()
 
@@ -240,13 +245,46 @@ def test_more_steps_after_the_end(corpus, call):
     assert [int(row["step"]) for row in read_log()] == [0, 3, 6, 9]
 
 
-def test_decay_rates_are_those_of_the_resumed_command(corpus, call):
-    """weight_decay and betas changed with --resume take effect, instead of those in the checkpoint."""
+def test_what_resuming_takes_and_what_it_refuses(corpus, call, refused):
+    """Without settings it takes the checkpoint's; a harmless change is reported; one of the mathematics is refused."""
     assert call(train, *TINY_RUN)[0] == 0
-    assert call(train, *TINY_RUN, "--resume", "--max_steps=9", "--weight_decay=0.5", "--beta1=0.8")[0] == 0
-    decayed, others = load("out/tiny/ckpt.pt")["optimizer"]["param_groups"]
-    assert decayed["weight_decay"] == 0.5 and others["weight_decay"] == 0.0
-    assert decayed["betas"] == others["betas"] == (0.8, 0.95)
+    whole = Path("out/tiny/ckpt.pt").read_bytes()
+    again = ("--resume", "--out_dir=out/tiny")
+    for change, message in (
+        ("--n_layer=3", "can't resume out/tiny/ckpt.pt with another n_layer (was 2, now 3); start anew with another"),
+        ("--seed=1", "another seed (was 1337, now 1)"),
+        ("--dataset=other", "another dataset (was 'tiny', now 'other')"),
+        ("--learning_rate=0.5", "another learning_rate (was 0.01, now 0.5)"),
+        ("--beta2=0.5", "another beta2 (was 0.95, now 0.5)"),
+        ("--balance_coef=0", "another balance_coef"),
+        ("--eval_tokens=32", "another eval_tokens"),
+        ("--init_from=out/x", "another init_from"),
+        ("--batch_size=2", "another batch_size x grad_accum (was 4 x 1, now 2 x 1)"),
+        ("--max_steps=5", "is at step 6 already, beyond max_steps 5"),
+    ):
+        if change == "--dataset=other":
+            prepare.prepare(["text"], name="other", encoding="bytes")
+        refused(message, train, *again, change)
+    assert Path("out/tiny/ckpt.pt").read_bytes() == whole
+    harmless = ("--max_steps=9", "--batch_size=2", "--grad_accum=2", "--eval_interval=4", "--dtype=float32")
+    status, out, error = call(train, *again, *harmless)
+    assert status == 0, error
+    assert "going on after step 6; changed: max_steps (was 6, now 9), batch_size (was 4, now 2), " in out
+    assert "grad_accum (was 1, now 2), eval_interval (was 3, now 4), dtype (was 'auto', now 'float32')" in out
+    assert [int(row["step"]) for row in read_log()] == [0, 3, 6, 8, 9]
+    assert load("out/tiny/ckpt.pt")["model_config"]["n_embd"] == 16, "settings not given are the checkpoint's"
+    (Path("text") / "new.txt").write_text("another document")
+    prepare.prepare(["text"], name="tiny", encoding="bytes")
+    refused("dataset 'tiny' was prepared anew since", train, *again, "--max_steps=12")
+
+
+def test_help_lists_what_resuming_takes_and_refuses(call):
+    """Every setting is in exactly one of the two lists of --help."""
+    text = " ".join(call(train, "--help")[1].split())
+    _, taken, refused = re.split("another value is taken, and reported, for:|It is refused, because", text)
+    for f in (*fields(TrainConfig), *fields(ModelConfig)):
+        in_lists = [bool(re.search(rf"\b{f.name}\b", part)) for part in (taken.split("(")[0], refused)]
+        assert in_lists == ([True, False] if f.name in train.RESUME_MAY_CHANGE else [False, True]), f.name
 
 
 def test_ctrl_c_and_sigterm_are_noticed():
@@ -260,51 +298,342 @@ def test_ctrl_c_and_sigterm_are_noticed():
     assert result.stdout == "noticed\n" and result.returncode == -signal.SIGTERM
 
 
-def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(corpus, call, refused):
-    """A non-finite loss ends the run with the step; the last evaluation's checkpoint is still good."""
+def test_sigterm_to_a_running_training(corpus, call, workdir):
+    """A real process gets a real SIGTERM: it finishes the step, saves, says how to go on, and the rest is the same."""
+    run = (*TINY_RUN, "--max_steps=300", "--eval_interval=20")
+    assert call(train, *run)[0] == 0
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = (sys.executable, str(REPOSITORY / "train.py"), *run, "--out_dir=out/stopped")
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not Path("out/stopped/previous.pt").exists():  # two evaluations are done
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    out, error = process.communicate(timeout=60)
+    step = load("out/stopped/ckpt.pt")["step"]
+    assert process.returncode == 0 and 20 <= step < 300, error
+    assert f"stopped after step {step} and saved; go on with: python " in out and out.strip().endswith("--resume")
+    assert "finishing this step, then saving (once more: stop at once)" in error
+    assert call(train, *run, "--out_dir=out/stopped", "--resume")[0] == 0
+    assert_equal_runs(load("out/tiny/ckpt.pt"), load("out/stopped/ckpt.pt"))
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(corpus, refused):
+    """A non-finite loss ends the run with the step and a tensor; the last evaluation's checkpoint is still good."""
     diverging = (*TINY_RUN, "--learning_rate=1e30", "--warmup_steps=0", "--grad_clip=1e30", "--max_steps=50")
-    refused("The checkpoint of the last evaluation is kept in out/tiny", train, *diverging, "--eval_interval=1000")
+    refused("The last checkpoint is kept in out/tiny; start anew", train, *diverging, "--eval_interval=1000")
     checkpoint = load("out/tiny/ckpt.pt")
     assert checkpoint["step"] == 0 and all(x.isfinite().all() for x in checkpoint["model"].values())
+    Path("out/tiny").rename("out/elsewhere")
+    refused("step 1: validation loss", train, *diverging, "--eval_interval=1")
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient", "weight", "nothing"])
+def test_what_is_not_finite_is_named(where):
+    """The message names the step, the numbers, and the tensor that went wrong first."""
+    model = GPT(ModelConfig(n_layer=2, block_size=16))
+    tokens = torch.randint(257, (2, 16), generator=torch.Generator().manual_seed(0))
+    if where == "weight":
+        with torch.no_grad():
+            model.blocks[1].moe.experts.up_proj[3, 2, 1] = math.inf
+    if where == "gradient":
+        model.blocks[1].attention.o_proj.weight.register_hook(lambda g: g.fill_(math.nan))
+    loss = model(tokens, tokens).loss
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+    value = {"loss": math.nan}.get(where, loss.item())
+    if where == "nothing":
+        return train.check_finite(model, 7, Path("out/x"), loss=value, gradient_norm=norm)
+    with pytest.raises(prepare.UserError) as raised:
+        train.check_finite(model, 7, Path("out/x"), loss=value, gradient_norm=norm)
+    expected = {
+        "loss": "step 7: loss nan, gradient norm 11.",
+        "gradient": "not finite: the gradient of blocks.1.attention.o_proj.weight, and 0 more",
+        "weight": "not finite: weight blocks.1.moe.experts.up_proj, and 0 more",
+    }
+    assert expected[where] in str(raised.value)
 
 
 def test_a_failed_save_keeps_the_old_checkpoint(corpus, call, refused, monkeypatch):
-    """A full disk in the middle of a save: an error, and the previous checkpoint is still there and whole."""
+    """A full disk in the middle of a save: an error that says so, and the checkpoint is still there and whole."""
     assert call(train, *TINY_RUN)[0] == 0
-    before = Path("out/tiny/ckpt.pt").read_bytes()
+    before = {name: Path("out/tiny", name).read_bytes() for name in ("ckpt.pt", "previous.pt", "best.pt")}
 
     def full(checkpoint, file):
         file.write(b"half a checkpoint")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(train.torch, "save", full)
-    refused("No space left on device", train, *TINY_RUN, "--resume", "--max_steps=9")
-    assert Path("out/tiny/ckpt.pt").read_bytes() == before and not list(Path("out").rglob("*.tmp"))
+    message = "out/tiny/ckpt.pt can't be written ([Errno 28] No space left on device); the one made before is kept"
+    refused(message, train, *TINY_RUN, "--resume", "--max_steps=9")
+    assert before == {name: Path("out/tiny", name).read_bytes() for name in before}
+    assert not list(Path("out").rglob("*.tmp"))
+    refused("none is kept", train, *TINY_RUN, "--out_dir=out/new")
 
 
-def test_two_ranks_equal_one(corpus, workdir):
-    """torchrun with two processes (gloo) gives the weights and the log of one process with the same global batch.
+def test_the_checkpoint_before_and_the_best(corpus, call, monkeypatch):
+    """previous.pt is the one before ckpt.pt, best.pt that of the lowest loss, also where there are no hard links."""
+    val_losses = iter([5.0, 3.0, 4.0, 3.5])
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *a: evaluate(*a) | {"val_loss": next(val_losses)})
+    assert call(train, *TINY_RUN, "--max_steps=6")[0] == 0
 
-    The balance loss is large here: its statistics must be those of both ranks' tokens.
+    def steps() -> list[int]:
+        return [load(f"out/tiny/{name}.pt")["step"] for name in ("previous", "best", "ckpt")]
+
+    assert steps() == [3, 3, 6]
+    assert os.path.samefile("out/tiny/previous.pt", "out/tiny/best.pt"), "two names of one file"
+
+    def no_links(source, target):
+        raise OSError(95, "Operation not supported")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.os, "link", no_links)
+        assert call(train, *TINY_RUN, "--max_steps=9", "--resume")[0] == 0
+    assert steps() == [6, 3, 9] and not list(Path("out").rglob("*.tmp"))
+    train.also_call(Path("out/tiny/best.pt"), Path("out/tiny/other.pt"))
+    train.also_call(Path("out/tiny/best.pt"), Path("out/tiny/other.pt"))
+    assert load("out/tiny/other.pt")["step"] == 3 and not list(Path("out").rglob("*.tmp"))
+
+
+def test_killed_between_saving_and_naming_the_best(corpus, call, monkeypatch):
+    """What was lost between writing ckpt.pt and the files that follow is made up for by resuming."""
+    assert call(train, *TINY_RUN)[0] == 0
+    expected = Path("out/tiny/log.csv").read_text()
+    Path("out/tiny/best.pt").unlink()
+    Path("out/tiny/log.csv").write_text(expected[: expected.index("\n6,")])
+    assert call(train, *TINY_RUN, "--resume")[0] == 0
+    assert load("out/tiny/best.pt")["step"] == 6 and Path("out/tiny/log.csv").read_text() == expected
+
+
+# Starting from another run, and evaluating it
+
+
+def prepare_other(name: str = "other", encoding: str = "bytes", text: str = "Other words. ") -> None:
+    Path(name).mkdir()
+    for i in range(30):
+        (Path(name) / f"{i}.txt").write_text(f"{i} {text}" * 20)
+    prepare.prepare([name], name=name, encoding=encoding)
+
+
+def test_init_from_takes_weights_and_nothing_else(corpus, call):
+    """The first validation loss is that of the weights on the new data; optimizer, step and log are new."""
+    prepare_other()
+    assert call(train, *TINY_RUN, "--max_steps=30", "--eval_interval=15")[0] == 0
+    status, out, error = call(train, "--eval_only=tiny,other", "--out_dir=out/tiny", "--eval_tokens=64")
+    assert status == 0, error
+    losses = dict(re.findall(r"(\w+) +validation loss ([\d.]+), perplexity", out))
+    last = read_log()[-1]
+    assert losses["tiny"] == f"{float(last['val_loss']):.4f}" and float(losses["other"]) > float(losses["tiny"])
+
+    tuned = ("--init_from=out/tiny", "--dataset=other", "--out_dir=out/tuned", "--max_steps=4", "--eval_interval=2")
+    status, out, error = call(train, *tuned, "--eval_tokens=64", "--batch_size=3")
+    assert status == 0, error
+    assert "starting from the weights of out/tiny/best.pt, step 30" in out
+    rows = read_log("out/tuned/log.csv")
+    assert [row["step"] for row in rows] == ["0", "2", "4"] and f"{float(rows[0]['val_loss']):.4f}" == losses["other"]
+    steps = {state["step"].item() for state in load("out/tuned/ckpt.pt")["optimizer"]["state"].values()}
+    assert steps == {4}, "AdamW's own count began anew"
+    assert load("out/tuned/ckpt.pt")["model_config"] == load("out/tiny/ckpt.pt")["model_config"]
+    assert call(train, *tuned, "--resume", "--max_steps=6", "--eval_tokens=64", "--batch_size=3")[0] == 0
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "silu"])
+def test_upcycling_a_sum_gives_a_dag_of_the_same_loss(corpus, call, gate):
+    """A trained sum as a dag: the first validation loss is the old one, exactly; then the DAG learns."""
+    assert call(train, *TINY_RUN, "--aggregator=sum", "--max_steps=30")[0] == 0
+    dag = ("--init_from=out/tiny/ckpt.pt", "--aggregator=dag", f"--dag_gate={gate}", "--dag_depth=1", "--dag_dim=8")
+    status, _, error = call(train, *TINY_RUN, *dag, "--out_dir=out/dag")
+    assert status == 0, error
+    before, after = read_log()[-1], read_log("out/dag/log.csv")
+    assert after[0]["val_loss"] == before["val_loss"] and after[0]["balance"] == before["balance"]
+    assert float(after[0]["dag_update_1"]) == 0 < float(after[-1]["dag_update_1"])
+    assert load("out/dag/ckpt.pt")["model_config"]["dag_dim"] == 8
+
+
+def test_what_init_from_refuses(corpus, call, refused):
+    """Another shape, a dag as a sum, another encoding, no checkpoint, one whose weights do not fit."""
+    tuned = (*TINY_RUN, "--out_dir=out/tuned", "--init_from=out/tiny")
+    refused("out/tiny does not exist; train a model first", train, *tuned)
+    assert call(train, *TINY_RUN)[0] == 0
+    refused("out/tiny holds a run already", train, *TINY_RUN, "--init_from=out/tiny")
+    refused(
+        "from out/tiny/best.pt with another n_layer (there 2, here 3): leave the setting out",
+        train,
+        *tuned,
+        "--n_layer=3",
+    )
+    refused("another n_head (there 2, here 1)", train, *tuned, "--n_head=1")
+    refused("another aggregator (there 'dag', here 'sum')", train, *tuned, "--aggregator=sum")
+    refused("another vocab_size (there 257, here 300)", train, *tuned, "--vocab_size=300")
+    meta = Path("data/tiny/meta.json")
+    text = meta.read_text()
+    meta.write_text(text.replace('"bytes"', '"gpt2"', 1))
+    refused("dataset 'tiny' is in the gpt2 encoding, the model reads bytes: prepare the text", train, *tuned)
+    meta.write_text(text)
+    checkpoint = load("out/tiny/best.pt")
+    for change in ({"norm.weight": torch.ones(3)}, {"surplus": torch.ones(3)}):
+        torch.save(checkpoint | {"model": checkpoint["model"] | change}, "odd.pt")
+        refused("odd.pt is damaged: its weights do not fit", train, *tuned, "--init_from=odd.pt")
+    weights = {name: x for name, x in checkpoint["model"].items() if name != "norm.weight"}
+    torch.save(checkpoint | {"model": weights}, "odd.pt")
+    refused("odd.pt is damaged", train, *tuned, "--init_from=odd.pt")
+    assert not Path("out/tuned").exists()
+
+
+def test_what_eval_only_refuses(corpus, call, refused):
+    """No model, no dataset, --resume beside it; and it writes nothing."""
+    refused("out/tiny does not exist; train a model first", train, "--eval_only=tiny", "--out_dir=out/tiny")
+    assert call(train, *TINY_RUN)[0] == 0
+    before = sorted(Path("out").rglob("*"))
+    refused("dataset 'nothing' is not prepared", train, "--eval_only=tiny,nothing", "--out_dir=out/tiny")
+    refused("resume and eval_only exclude each other", train, *TINY_RUN, "--eval_only=tiny", "--resume")
+    refused(
+        "must be names of datasets with commas between, got 'tiny,'", train, "--eval_only=tiny,", "--out_dir=out/tiny"
+    )
+    assert sorted(Path("out").rglob("*")) == before
+
+
+# Compiling
+
+
+def test_without_a_compiler_training_goes_on(corpus, call, monkeypatch):
+    """--compile where nothing can be compiled: one warning with the reason, and the same result as without."""
+    assert call(train, *TINY_RUN)[0] == 0
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+    status, _, error = call(train, *TINY_RUN, "--compile", "--out_dir=out/compiled")
+    assert status == 0 and error.count("warning: going on without --compile, because nothing can be compiled") == 1
+    assert_equal_runs(load("out/tiny/ckpt.pt"), load("out/compiled/ckpt.pt"))
+
+
+def test_compiled_checkpoints_have_plain_names(corpus, call, monkeypatch):
+    """A compiled run (dynamo's own back end: no C++ here) saves what an eager one can resume, and computes the same."""
+    assert call(train, *TINY_RUN)[0] == 0
+    compile = torch.compile
+    monkeypatch.setattr(train.torch, "compile", lambda model: compile(model, backend="eager"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dynamo's own deprecations
+        assert call(train, *TINY_RUN, "--compile", "--out_dir=out/compiled", "--max_steps=3")[0] == 0
+    assert load("out/compiled/ckpt.pt")["model"].keys() == load("out/tiny/ckpt.pt")["model"].keys()
+    assert call(train, *TINY_RUN, "--compile=false", "--out_dir=out/compiled", "--max_steps=6", "--resume")[0] == 0
+
+
+# Several ranks
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def start_ranks(script: Path, *arguments: str) -> subprocess.Popen:
+    """Two processes (gloo) that run the script."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen((*TORCHRUN, str(script), *arguments), env=environment, **pipes)
+
+
+def finish(process: subprocess.Popen) -> str:
+    """What a process printed, after it ended well."""
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    return out
+
+
+@pytest.mark.parametrize("aggregator", ["sum", "dag"])
+def test_two_ranks_equal_one(corpus, call, aggregator):
+    """torchrun with two processes gives the weights and the log of one process with twice the micro-steps.
+
+    64 experts and 32 slots a micro-step: on each rank most experts get no token. The balance loss is large: its
+    statistics must be those of all parts of the batch together.
     """
-    run = (*TINY_RUN, "--balance_coef=1", "--max_steps=20", "--eval_interval=10")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-
-    def execute(*command):
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=workdir)
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-
-    script = str(REPOSITORY / "train.py")
-    execute(sys.executable, script, *run, "--batch_size=8", "--out_dir=out/one")
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    out = execute(*torchrun, script, *run, "--batch_size=4", "--grad_accum=2", "--out_dir=out/two")
-    assert out.count("--- sample 1 ---") == 1, "only rank 0 speaks"
+    run = (*TINY_RUN, f"--aggregator={aggregator}", "--n_expert=64", "--batch_size=1", "--balance_coef=1")
+    run = (*run, "--max_steps=20", "--eval_interval=10", "--grad_accum=2")
+    out = finish(start_ranks(REPOSITORY / "train.py", *run, "--out_dir=out/two"))
+    assert out.count("--- sample 1 ---") == out.count("step     10: validation loss") == 1, "only rank 0 speaks"
+    assert call(train, *run, "--out_dir=out/one")[0] == 0
     assert_equal_runs(load("out/one/ckpt.pt"), load("out/two/ckpt.pt"), tolerance=1e-5)
     for one, two in zip(read_log("out/one/log.csv"), read_log("out/two/log.csv"), strict=True):
-        for column in ("train_loss", "val_loss", "z", "max_expert_share", "grad_norm"):
+        for column in set(one) - {"tokens_per_s"}:
             if one[column]:
                 assert float(one[column]) == pytest.approx(float(two[column]), rel=1e-4), column
+
+
+EXCHANGES = """
+import sys
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+import train
+
+counts = []
+
+class Counting(train.DistributedDataParallel):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.register_comm_hook(None, count)
+
+def count(state, bucket):
+    counts.append(bucket.is_last())
+    return allreduce_hook(state, bucket)
+
+train.DistributedDataParallel = Counting
+train.main()
+assert sum(counts) == 6, counts
+"""
+
+
+@pytest.mark.slow
+def test_gradients_are_exchanged_once_per_step(corpus, workdir):
+    """Six steps of eight micro-steps on two ranks: the gradients' last bucket travels six times."""
+    Path("exchanges.py").write_text(EXCHANGES)
+    finish(start_ranks(Path("exchanges.py"), *TINY_RUN, "--batch_size=1", "--grad_accum=8"))
+
+
+@pytest.mark.slow
+def test_a_dead_rank_ends_the_job_and_one_process_goes_on(corpus, call):
+    """Rank 1 is killed: the job ends, says which rank got which signal, and the run goes on with one process."""
+    run = (*TINY_RUN, "--max_steps=400", "--eval_interval=20", "--grad_accum=2")
+    process = start_ranks(REPOSITORY / "train.py", *run)
+    while not Path("out/tiny/previous.pt").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    victim = next(pid for pid in ranks if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(int(victim), signal.SIGKILL)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert re.search(r"rank +: 1 .*\n +exitcode +: -9 .*\n.*\n +traceback : Signal 9 \(SIGKILL\)", error), error
+    assert "rank 0 has lost another rank" in error
+    step = load("out/tiny/ckpt.pt")["step"]
+    assert 20 <= step < 400 and step % 20 == 0
+    assert call(train, *run, "--resume")[0] == 0
+    assert call(train, *run, "--out_dir=out/one")[0] == 0
+    assert_equal_runs(load("out/one/ckpt.pt"), load("out/tiny/ckpt.pt"), tolerance=1e-3)
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun(corpus):
+    """All ranks stop after the same step; rank 0 saves and prints the command to go on with."""
+    process = start_ranks(
+        REPOSITORY / "train.py", *TINY_RUN, "--max_steps=4000", "--eval_interval=20", "--grad_accum=2"
+    )
+    while not Path("out/tiny/previous.pt").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, error = process.communicate(timeout=60)
+    step = load("out/tiny/ckpt.pt")["step"]
+    assert f"stopped after step {step} and saved; go on with: torchrun --standalone --nproc_per_node=2 " in out, error
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(workdir):
+    """kill -9 at random moments never leaves a run that can't go on, and the result is that of an undisturbed one."""
+    kill_train(rounds=3, folder=workdir, seed=1)
+
+
+def test_uneven_split_is_refused(corpus, call, refused, monkeypatch):
+    """Three micro-steps can't be shared out over two ranks."""
+    monkeypatch.setattr(train, "this_rank", lambda: (0, 2))
+    refused("grad_accum (3) must be a multiple of the number of ranks (2)", train, *TINY_RUN, "--grad_accum=3")
 
 
 def test_known_dataset_is_prepared_on_the_spot(call, workdir, monkeypatch):
@@ -360,7 +689,8 @@ def test_bad_settings_are_refused(corpus, refused, workdir):
     refused("learning_rate must be above 0 and finite, got nan", train, *TINY_RUN, "--learning_rate=nan")
     refused("min_lr (0.5) must not exceed learning_rate", train, *TINY_RUN, "--min_lr=0.5")
     refused("beta2 must be at least 0 and below 1, got 1.0", train, *TINY_RUN, "--beta2=1")
-    refused("dtype must be auto, float32 or bfloat16, got 'float16'", train, *TINY_RUN, "--dtype=float16")
+    refused("dtype must be auto, float32 or bfloat16, got 'half'", train, *TINY_RUN, "--dtype=half")
+    refused("float16 is refused: its gradients underflow", train, *TINY_RUN, "--dtype=float16")
     refused("seed must be below 2**63", train, *TINY_RUN, "--seed=99999999999999999999")
     refused("can't be built on cpu", train, *TINY_RUN, "--expert_dim=10000000000")
     refused("device 'gpu' can't be used here", train, *TINY_RUN, "--device=gpu")
@@ -381,24 +711,42 @@ def test_bad_data_is_refused(corpus, refused, workdir):
 
 
 def test_bad_checkpoints_are_refused_and_a_run_is_never_overwritten(corpus, call, refused):
-    """Resuming from nothing, from a truncated file, or with another model; starting where a run already is."""
+    """Resuming from nothing, from damaged files and odd ones; starting where a run already is."""
     refused("no run to go on with: start without --resume", train, *TINY_RUN, "--resume")
     assert call(train, *TINY_RUN)[0] == 0
     path = Path("out/tiny/ckpt.pt")
-    whole = path.read_bytes()
     refused("out/tiny holds a run already: add --resume", train, *TINY_RUN)
-    refused("another n_layer (was 2, now 3)", train, *TINY_RUN, "--resume", "--n_layer=3")
-    refused("another seed (was 1337, now 1)", train, *TINY_RUN, "--resume", "--seed=1")
-    assert path.read_bytes() == whole
-    refused("is at step 6 already, beyond max_steps 5", train, *TINY_RUN, "--resume", "--max_steps=5")
     path.rename("elsewhere.pt")
     refused("out/tiny holds a run already", train, *TINY_RUN)
     checkpoint = load("elsewhere.pt")
     for key, value in (("optimizer", {}), ("model", {}), ("step", "6"), ("log", None), ("train_config", None)):
         torch.save(checkpoint | {key: value}, path)
         refused("out/tiny/ckpt.pt is", train, *TINY_RUN, "--resume")
-    path.write_bytes(whole[: len(whole) // 2])
-    refused("out/tiny/ckpt.pt is damaged or not a checkpoint", train, *TINY_RUN, "--resume")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(corpus, call, refused):
+    """Cut short, emptied, or with a flipped bit; the offered command works; where nothing is whole, none is offered."""
+    assert call(train, *TINY_RUN)[0] == 0
+    path, previous, best = (Path(f"out/tiny/{name}.pt") for name in ("ckpt", "previous", "best"))
+    whole = path.read_bytes()
+    path.unlink()  # best.pt is another name of the same file
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    for damaged in (whole[:middle], b"", flipped):
+        path.write_bytes(damaged)
+        message = "out/tiny/ckpt.pt is damaged or not a checkpoint of train.py"
+        offer = "out/tiny/previous.pt, of step 3, is whole: mv out/tiny/previous.pt out/tiny/ckpt.pt and --resume"
+        refused(message, train, *TINY_RUN, "--resume")
+        refused(offer, train, *TINY_RUN, "--resume")
+    previous.rename(path)
+    assert call(train, *TINY_RUN, "--resume")[0] == 0
+    path.unlink()
+    path.write_bytes(b"")
+    previous.unlink()
+    refused("mv out/tiny/best.pt out/tiny/ckpt.pt and --resume", train, *TINY_RUN, "--resume")
+    best.unlink()
+    with pytest.raises(AssertionError, match="mv "):
+        refused("mv ", train, *TINY_RUN, "--resume")
 
 
 # The configurations that ship
