@@ -3,10 +3,12 @@
 python bench.py prepare               # prepare.py against tiktoken alone, on the standard library's text
 python bench.py prepare novels/       # the same on other text
 python bench.py memory                # peak memory of prepare.py on a small and on a large corpus
+python bench.py loop                  # train.py's loop against a bare one: forward, backward, step
 """
 
 import argparse
 import contextlib
+import csv
 import io
 import itertools
 import os
@@ -18,11 +20,16 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
+import torch
 from tqdm import tqdm
 
 import prepare
+import train
+from model import GPT, ModelConfig, balance_loss
 from prepare import Parser, Reader, Source, UserError, get_encoding, local_source, run, stdlib_source
+from sample import autocast, choose_device, choose_dtype
 
 
 @contextlib.contextmanager
@@ -90,6 +97,59 @@ def bench_memory(encoding_name: str, sizes: list[int]) -> None:
             print(f"{size:6} MB of text: peak memory {peak / 1024:.0f} MiB")
 
 
+def bench_loop(arguments: list[str], steps: int, repeats: int) -> None:
+    """Print tokens/s of train.py and of a bare loop over the same model that does nothing but compute."""
+    settings = train.read_settings(arguments)
+    config, data = train.make_config(train.TrainConfig, settings), train.open_dataset(settings["dataset"])
+    model_config = train.make_config(ModelConfig, {"vocab_size": data.meta["vocab_size"]} | settings)
+    device = choose_device(config.device)
+    cast = autocast(device, choose_dtype(config.dtype, device))
+    if config.grad_accum > 1:
+        raise UserError(f"the bare loop has no micro-steps: give --grad_accum=1, not {config.grad_accum}")
+
+    def whole_loop(folder: str) -> float:
+        fixed = (f"--max_steps={steps}", f"--eval_interval={steps}", "--eval_tokens=1", f"--out_dir={folder}")
+        with (
+            mock.patch.object(sys, "argv", ["train.py", *arguments, *fixed]),
+            mock.patch.object(train, "print_samples"),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            train.main()
+        with open(Path(folder, "log.csv")) as file:
+            return float(list(csv.DictReader(file))[-1]["tokens_per_s"])
+
+    def bare_loop() -> float:
+        torch.manual_seed(config.seed)
+        model = GPT(model_config).to(device)
+        optimizer = train.make_optimizer(model, config)
+        x, y = (t.to(device) for t in train.get_batch(data.train, model_config, config, 0, 0))
+        start = time.perf_counter()
+        for _ in range(steps):
+            with cast:
+                out = model(x, y)
+            balance = balance_loss(out.router.load, out.router.prob)
+            (out.loss + config.balance_coef * balance + config.z_coef * out.router.z.mean()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return steps * x.numel() / (time.perf_counter() - start)
+
+    speeds = {"train.py": [], "bare loop": []}
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=repeats + 1, unit="pair") as progress:
+        for i in range(repeats + 1):
+            speeds["train.py"].append(whole_loop(f"{folder}/{i}"))
+            speeds["bare loop"].append(bare_loop())
+            progress.update()
+    pairs = list(zip(*speeds.values(), strict=True))[1:]  # the first warms up
+    ratios = [whole / bare for whole, bare in pairs]
+    spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+    print(f"train.py reaches {statistics.median(ratios):.3f} ({spread}) of a bare loop's speed, {device.type}")
+    for name, values in speeds.items():
+        print(f"{name:12}{statistics.median(values[1:]):12,.0f} tokens/s")
+
+
 def main() -> None:
     parser = Parser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_subparsers(dest="what", required=True, metavar="WHAT", parser_class=Parser)
@@ -99,10 +159,20 @@ def main() -> None:
     command.add_argument("--repeats", type=int, default=5, help="how often each is timed (default: 5)")
     memory = what.add_parser("memory", help="peak memory of prepare.py")
     memory.add_argument("--sizes", type=int, nargs="+", default=[200, 1000], help="in MB (default: 200 1000)")
+    loop = what.add_parser("loop", help="train.py's loop against a bare one")
+    loop.add_argument("settings", nargs="*", metavar="SETTING", help="as for train.py (default: the quick start's)")
+    loop.add_argument("--steps", type=int, default=100, help="steps of each (default: 100)")
+    loop.add_argument("--repeats", type=int, default=5, help="how often each is timed (default: 5)")
     for either in (command, memory):
         either.add_argument("--encoding", default="gpt2", help="as in prepare.py (default: gpt2)")
-    args = parser.parse_args()
-    if args.what == "memory":
+    args, rest = parser.parse_known_args()
+    if rest and args.what != "loop":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if args.what == "loop":
+        if min(args.steps, args.repeats) < 1:
+            raise UserError("--steps and --repeats must be at least 1")
+        bench_loop([*(args.settings or ["configs/quickstart.toml"]), *rest], args.steps, args.repeats)
+    elif args.what == "memory":
         if min(args.sizes) < 1:
             raise UserError(f"--sizes must be at least 1, got {min(args.sizes)}")
         bench_memory(args.encoding, args.sizes)

@@ -355,9 +355,10 @@ def save_checkpoint(path: Path, contents: dict) -> None:
             torch.save(contents, file)
             if path.exists():
                 also_call(path, path.with_name("previous.pt"))
-    except (OSError, RuntimeError) as error:  # torch.save's own writer raises RuntimeError
+    except (OSError, RuntimeError) as error:
+        reason = error.__context__ or error  # torch.save answers a full disk with a RuntimeError of its own
         kept = "the one made before is kept: make room, and go on with --resume" if path.exists() else "none is kept"
-        raise UserError(f"{path} can't be written ({str(error).splitlines()[0]}); {kept}") from error
+        raise UserError(f"{path} can't be written ({str(reason).splitlines()[0]}); {kept}") from error
 
 
 def also_call(path: Path, name: Path) -> None:

@@ -359,11 +359,22 @@ def test_a_failed_save_keeps_the_old_checkpoint(corpus, call, refused, monkeypat
     assert call(train, *TINY_RUN)[0] == 0
     before = {name: Path("out/tiny", name).read_bytes() for name in ("ckpt.pt", "previous.pt", "best.pt")}
 
-    def full(checkpoint, file):
-        file.write(b"half a checkpoint")
-        raise OSError(28, "No space left on device")
+    class Full:
+        """A file on a disk with room for 5,000 more bytes."""
 
-    monkeypatch.setattr(train.torch, "save", full)
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data) -> int:
+            if self.file.tell() + len(data) > 5000:
+                raise OSError(28, "No space left on device")
+            return self.file.write(data)
+
+        def flush(self):
+            self.file.flush()
+
+    save = torch.save
+    monkeypatch.setattr(train.torch, "save", lambda contents, file: save(contents, Full(file)))
     message = "out/tiny/ckpt.pt can't be written ([Errno 28] No space left on device); the one made before is kept"
     refused(message, train, *TINY_RUN, "--resume", "--max_steps=9")
     assert before == {name: Path("out/tiny", name).read_bytes() for name in before}
