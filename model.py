@@ -114,10 +114,13 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (T, head_dim), for positions (T): channel i turns at theta^(-2i/head_dim) per token."""
+    """Cosines and sines, each (B, 1, T, head_dim), for positions (B, T); B may be 1 for all rows alike.
+
+    Channel i turns at theta^(-2i/head_dim) per token.
+    """
     channel = torch.arange(0, config.head_dim, 2, device=positions.device)
     frequency = config.rope_theta ** (-channel / config.head_dim)
-    angle = positions[:, None] * frequency  # (T, head_dim/2)
+    angle = positions[:, None, :, None] * frequency  # (B, 1, T, head_dim/2)
     angle = torch.cat([angle, angle], dim=-1)  # rotate-half pairs channel i with i + head_dim/2
     return angle.cos(), angle.sin()
 
@@ -158,8 +161,17 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.n_embd, kv_dim, bias=False)
         self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KeyValueCache | None = None) -> Tensor:
-        """x (B, T, C) → (B, T, C). With a cache, x is either a whole prompt (empty cache) or one token."""
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: KeyValueCache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, T, C) → (B, T, C). With a cache, x is either a whole prompt (empty cache) or one token.
+
+        mask (B, 1, T, tokens in all), True where a token may look, is needed only where rows are padded.
+        """
         B, T, C = x.shape
         split_heads = (B, T, -1, self.config.head_dim)
         q = rotate(self.q_proj(x).view(split_heads).transpose(1, 2), rope)  # (B, n_head, T, head_dim)
@@ -169,7 +181,8 @@ class Attention(nn.Module):
             assert T == 1 or cache.length == 0, f"{T} tokens after {cache.length} cached ones"
             k, v = cache.extend(k, v, self.config.block_size)
         # A single token may look at everything cached, so only longer inputs need the causal mask.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
+        causal = mask is None and T > 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -434,10 +447,11 @@ class Block(nn.Module):
         h: Tensor,
         rope: tuple[Tensor, Tensor],
         cache: KeyValueCache | None = None,
+        mask: Tensor | None = None,
         records: list[LayerRecord] | None = None,
     ) -> tuple[Tensor, RouterStats]:
         """h (B, T, C) → (B, T, C), RouterStats."""
-        h = h + self.attention(self.norm(h), rope, cache)
+        h = h + self.attention(self.norm(h), rope, cache, mask)
         return self.moe(h, records)
 
 
@@ -517,21 +531,32 @@ class GPT(nn.Module):
         assert len(std) + len(norms) == len(list(self.parameters())), "a parameter has no initialisation"
 
     def hidden(
-        self, tokens: Tensor, cache: list[KeyValueCache] | None = None, records: list[LayerRecord] | None = None
+        self,
+        tokens: Tensor,
+        cache: list[KeyValueCache] | None = None,
+        pad: Tensor | None = None,
+        records: list[LayerRecord] | None = None,
     ) -> tuple[Tensor, RouterStats]:
         """tokens (B, T), continuing what `cache` holds → final normalised states (B, T, C), RouterStats of all layers.
 
+        pad (B): how many tokens at the start of each row, cached ones included, are padding that nobody looks at.
         Adds a LayerRecord per layer to `records`, if given: how the experts were combined, for pictures and statistics.
         """
         start = cache[0].length if cache else 0
         end = start + tokens.shape[1]
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens do not fit block_size {self.config.block_size}")
-        rope = rope_table(torch.arange(start, end, device=tokens.device), self.config)
+        position, mask = torch.arange(start, end, device=tokens.device)[None], None  # (1, T)
+        if pad is not None:
+            key, query, first = torch.arange(end, device=tokens.device), position[..., None], pad[:, None, None]
+            mask = (key <= query) & (key >= first) | (key == query)  # padding looks at itself: no row may be empty
+            mask = mask.unsqueeze(1)  # (B, 1, T, end)
+            position = (position - pad[:, None]).clamp_min(0)  # (B, T)
+        rope = rope_table(position, self.config)
         h = self.embed(tokens)
         stats = []
         for i, block in enumerate(self.blocks):
-            h, layer_stats = block(h, rope, cache[i] if cache else None, records)
+            h, layer_stats = block(h, rope, cache[i] if cache else None, mask, records)
             stats.append(layer_stats)
         return self.norm(h), RouterStats(*(torch.stack(values) for values in zip(*stats, strict=True)))
 
@@ -559,22 +584,31 @@ class GPT(nn.Module):
         top_p: float | None = None,
         generator: torch.Generator | None = None,
         n_token: int | None = None,
+        pad: list[int] | None = None,
     ) -> Iterator[Tensor]:
         """Continue tokens (B, T): yield max_new_tokens times the next (B) ids, as soon as they are known.
 
-        The context is the window of `window_start`: all tokens up to block_size, afterwards the last ones, of which
-        half are dropped and the rest read afresh whenever the window is full. Temperature 0 takes the likeliest token;
-        top_k and top_p (nucleus sampling, Holtzman 2020) restrict the choice first. With n_token, only ids below it are
-        chosen: a vocabulary may be padded with ids that its encoding can't decode. Keys and values are cached.
+        Row b begins with pad[b] tokens that do not count, so that texts of different lengths end together; each gets
+        what it would get alone. A row's context is the window of `window_start`: all its tokens up to block_size,
+        afterwards the last ones, of which half are dropped and the rest read afresh whenever the window is full. Keys
+        and values are cached. Temperature 0 takes the likeliest token; top_k and top_p (nucleus sampling, Holtzman
+        2020) restrict the choice first. With n_token, only ids below it are chosen: a vocabulary may be padded with ids
+        that its encoding can't decode.
         """
-        start, cache = 0, None
+        pad = pad or [0] * len(tokens)
+        starts = None
         for _ in range(max_new_tokens):
-            if cache is None or window_start(tokens.shape[1], self.config.block_size) != start:
-                start = window_start(tokens.shape[1], self.config.block_size)
-                cache = [KeyValueCache() for _ in self.blocks]
-                x, _ = self.hidden(tokens[:, start:], cache)
+            lengths = [tokens.shape[1] - p for p in pad]
+            now = [window_start(length, self.config.block_size) for length in lengths]
+            if now != starts:  # at the beginning, and whenever a row's window moves: read all windows
+                starts, cache = now, [KeyValueCache() for _ in self.blocks]
+                widths = [length - start for length, start in zip(lengths, starts, strict=True)]
+                unread = max(widths)
+                padding = torch.tensor([unread - width for width in widths], device=tokens.device)
+                window_pad = padding if padding.any() else None
             else:
-                x, _ = self.hidden(tokens[:, -1:], cache)
+                unread = 1
+            x, _ = self.hidden(tokens[:, -unread:], cache, window_pad)
             logits = self.head(x[:, -1]).float()[:, :n_token]  # (B, vocab_size)
             next_token = choose(logits, temperature, top_k, top_p, generator)
             tokens = torch.cat([tokens, next_token[:, None]], dim=1)

@@ -328,6 +328,18 @@ def test_cached_generation_equals_uncached(aggregator):
     assert len({token for row in cached for token in row}) > 5, "a model that repeats itself tests little"
 
 
+@BOTH
+def test_texts_of_different_lengths_share_a_batch(aggregator):
+    """Each row gets what it gets alone, before and after its window slides; padding tokens' ids do not matter."""
+    model = tiny_model(aggregator=aggregator)
+    texts = [random_tokens(1, length, seed=length) for length in (1, 14, 5, 23)]
+    alone = [generate(model, text, 40, temperature=0)[0] for text in texts]
+    for filler in (0, 7):
+        pad = [23 - text.shape[1] for text in texts]
+        rows = [torch.cat([torch.full((1, p), filler), text], dim=1) for p, text in zip(pad, texts, strict=True)]
+        assert generate(model, torch.cat(rows), 40, temperature=0, pad=pad) == alone
+
+
 def test_window():
     """All tokens up to block_size, then half a window is dropped whenever it is full."""
     assert [window_start(n, 16) for n in (1, 15, 16, 17, 24, 25, 32, 33, 1000)] == [0, 0, 0, 8, 8, 16, 16, 24, 984]
@@ -414,7 +426,7 @@ def test_multiply_add_formulas(aggregator, depth):
 
     x = torch.randn(2, 16, 32)
     flat, expert = x.view(S, 32), torch.zeros(S, 3, dtype=torch.long)
-    rope = model_module.rope_table(torch.arange(16), config)
+    rope = model_module.rope_table(torch.arange(16)[None], config)
     assert formula.attention == 2 * count(block.attention, x, rope)
     assert formula.experts == 2 * (count(block.moe.router, flat) + count(block.moe.experts, flat, expert))
     assert formula.aggregator == 2 * count(block.moe.aggregate, flat, torch.randn(S, 3, 32), torch.rand(S, 3))

@@ -549,15 +549,15 @@ def finish(process: subprocess.Popen) -> str:
     return out
 
 
-@pytest.mark.parametrize("aggregator", ["sum", "dag"])
-def test_two_ranks_equal_one(corpus, call, aggregator):
+@pytest.mark.parametrize(("aggregator", "grad_accum"), [("sum", 4), ("dag", 2)])
+def test_two_ranks_equal_one(corpus, call, aggregator, grad_accum):
     """torchrun with two processes gives the weights and the log of one process with twice the micro-steps.
 
     64 experts and 32 slots a micro-step: on each rank most experts get no token. The balance loss is large: its
     statistics must be those of all parts of the batch together.
     """
     run = (*TINY_RUN, f"--aggregator={aggregator}", "--n_expert=64", "--batch_size=1", "--balance_coef=1")
-    run = (*run, "--max_steps=20", "--eval_interval=10", "--grad_accum=2")
+    run = (*run, "--max_steps=20", "--eval_interval=10", f"--grad_accum={grad_accum}")
     out = finish(start_ranks(REPOSITORY / "train.py", *run, "--out_dir=out/two"))
     assert out.count("--- sample 1 ---") == out.count("step     10: validation loss") == 1, "only rank 0 speaks"
     assert call(train, *run, "--out_dir=out/one")[0] == 0
