@@ -865,6 +865,67 @@ def load_tokens(name: str, split: str) -> np.ndarray:
     return np.memmap(path, dtype=meta["dtype"], mode="r")
 
 
+class Dataset(NamedTuple):
+    """What is in data/NAME."""
+
+    name: str
+    meta: dict  # contents of meta.json
+    train: np.ndarray  # token ids
+    val: np.ndarray
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Length of the validation split's text in bytes, over its tokens."""
+        val = self.meta["splits"]["val"]
+        return val["bytes"] / val["tokens"]
+
+    @property
+    def fingerprint(self) -> dict:
+        """Checksums of the tokens, which change when a dataset is prepared anew with another result."""
+        return {split: self.meta["splits"][split].get("sha256") for split in SPLITS}
+
+    def check_fits(self, encoding: str, vocab_size: int, block_size: int) -> None:
+        """Raise UserError unless a model that reads `encoding` can be trained and evaluated on these tokens."""
+        if self.meta["encoding"] != encoding:
+            raise UserError(
+                f"dataset {self.name!r} is in the {self.meta['encoding']} encoding, the model reads {encoding}: "
+                f"prepare the text once more with --encoding {encoding} and another --name"
+            )
+        if self.meta["vocab_size"] > vocab_size:
+            raise UserError(
+                f"dataset {self.name!r} has {self.meta['vocab_size']} token ids, more than vocab_size {vocab_size}: "
+                "raise vocab_size, or leave it out to take the dataset's"
+            )
+        for split, tokens in (("train", self.train), ("val", self.val)):
+            if len(tokens) <= block_size:
+                raise UserError(
+                    f"the {split} split of {self.name!r} has {len(tokens)} tokens, too few for block_size "
+                    f"{block_size}: prepare more text, or choose a smaller block_size"
+                )
+
+
+def open_dataset(name: str) -> Dataset:
+    """The dataset data/NAME, memory-mapped. Raises UserError."""
+    return Dataset(name, load_meta(name), *(load_tokens(name, split) for split in SPLITS))
+
+
+def cut_windows(tokens: np.ndarray, offsets: np.ndarray, length: int, vocab_size: int) -> np.ndarray:
+    """Windows of `length` tokens that start at `offsets`, (offsets, length) as int64. Raises UserError for a bad id."""
+    windows = np.stack([tokens[i : i + length] for i in offsets]).astype(np.int64)
+    if windows.max() >= vocab_size:
+        raise UserError(
+            f"{tokens.filename} holds token id {windows.max()}, beyond vocab_size {vocab_size}: "
+            "prepare the dataset again with python prepare.py"
+        )
+    return windows
+
+
+def spaced_offsets(tokens: np.ndarray, block_size: int, wanted: int) -> np.ndarray:
+    """Where evenly spaced windows begin that hold about `wanted` tokens together, each with a target for its last."""
+    count = max(1, min(wanted, len(tokens) - 1) // block_size)
+    return np.linspace(0, len(tokens) - block_size - 1, count).astype(np.int64)
+
+
 def check(name: str) -> None:
     """Compare data/NAME with its meta.json and show the first document. Raises UserError if anything differs."""
     meta = load_meta(name)

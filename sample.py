@@ -1,20 +1,47 @@
-"""Write text with a trained model: python sample.py out/NAME --prompt "def main("
+"""Write text with a trained model, and look at the graphs by which it combines its experts.
 
-Needs nothing but the checkpoint: it holds the model's configuration and the name of its encoding.
+    python sample.py out/NAME --prompt "def main("
+    python sample.py out/NAME --prompt "def main(" --prompt "class " --num-samples 4
+    python sample.py out/NAME --prompt "def main(" --dag graph.html
+    python sample.py out/NAME --dag-stats stdlib
+
+Needs nothing but the checkpoint, which holds the model's configuration and the name of its encoding.
 """
 
 import argparse
 import codecs
+import json
+import math
+import sys
+import time
 import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+import tiktoken
 import torch
+from tqdm import tqdm
 
-from model import GPT, ModelConfig
-from prepare import Parser, UserError, get_encoding, read_text, run
+from model import GPT, LayerRecord, ModelConfig
+from prepare import (
+    Parser,
+    UserError,
+    cut_windows,
+    get_encoding,
+    open_dataset,
+    read_text,
+    replacing,
+    run,
+    spaced_offsets,
+)  # fmt: skip
+
+TEMPLATE = Path(__file__).parent / "assets" / "graph.html"
+STATISTICS_TOKENS = 100_000  # read by --dag-stats
+PAIRS = 100  # a pair of experts that is rarer in them has no say
 
 CHECKPOINT_TYPES = {  # what train.py writes
     "model": dict, "optimizer": dict, "model_config": dict, "train_config": dict, "encoding": str, "data": dict,
@@ -99,64 +126,376 @@ def load_model(path: Path, device: torch.device) -> tuple[GPT, dict]:
     return model.to(device).eval(), checkpoint
 
 
-def continue_text(
-    model: GPT, encoding_name: str, prompt: str, max_new_tokens: int, **choice: float | torch.Generator | None
-) -> Iterator[str]:
-    """Yield text that continues `prompt` (a new document if it is empty) as it is generated, up to <|endoftext|>.
+# Writing
 
-    `choice` is what GPT.generate takes: temperature, top_k, top_p, generator. A character whose bytes span several
-    tokens is held back until it is whole.
+
+class Text:
+    """One text as it is written: its tokens, and from them the characters that are certain.
+
+    A character whose bytes span several tokens is held back until it is whole, and whatever may be the beginning of
+    the stop string until it turns out to be something else.
     """
-    encoding = get_encoding(encoding_name)
-    tokens = encoding.encode_ordinary(prompt) or [encoding.eot_token]
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    device = model.embed.weight.device
-    tokens = torch.tensor([tokens], device=device)
-    for token in model.generate(tokens, max_new_tokens, n_token=encoding.n_vocab, **choice):
-        if token.item() == encoding.eot_token:
-            break
-        yield decoder.decode(encoding.decode_single_token_bytes(token.item()))
-    yield decoder.decode(b"", final=True)
+
+    def __init__(self, encoding: tiktoken.Encoding, prompt: str, stop: str | None = None):
+        self.encoding, self.prompt, self.stop = encoding, prompt, stop
+        self.tokens = encoding.encode_ordinary(prompt) or [encoding.eot_token]  # no prompt: a new document
+        self.n_prompt = len(self.tokens)
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.held = ""
+        self.ended = False  # by <|endoftext|>, by the stop string or by `end`
+
+    def add(self, token: int) -> str:
+        """Append a token, unless the text has ended; returns the characters that are certain now."""
+        if self.ended:
+            return ""
+        if token == self.encoding.eot_token:
+            return self.end()
+        self.tokens.append(token)
+        self.held += self.decoder.decode(self.encoding.decode_single_token_bytes(token))
+        if not self.stop:
+            return self.release(len(self.held))
+        at = self.held.find(self.stop)
+        if at >= 0:
+            self.ended = True
+            return self.release(at)
+        beginnings = (n for n in range(len(self.stop) - 1, 0, -1) if self.held.endswith(self.stop[:n]))
+        return self.release(len(self.held) - next(beginnings, 0))
+
+    def release(self, count: int) -> str:
+        """Take the first characters from what is held."""
+        text, self.held = self.held[:count], self.held[count:]
+        return text
+
+    def end(self) -> str:
+        """What was held back; nothing will follow."""
+        if self.ended:
+            return ""
+        self.ended = True
+        return self.held + self.decoder.decode(b"", final=True)
 
 
-def main() -> None:
+def continue_texts(
+    model: GPT, texts: list[Text], max_new_tokens: int, **choice: float | torch.Generator | None
+) -> Iterator[list[str]]:
+    """Continue all texts at once: after each token yield the next characters of each, until all have ended.
+
+    `choice` is what GPT.generate takes: temperature, top_k, top_p, generator.
+    """
+    encoding = texts[0].encoding
+    longest = max(len(text.tokens) for text in texts)
+    pad = [longest - len(text.tokens) for text in texts]
+    rows = [[encoding.eot_token] * p + text.tokens for p, text in zip(pad, texts, strict=True)]
+    tokens = torch.tensor(rows, device=model.embed.weight.device)
+    for ids in model.generate(tokens, max_new_tokens, n_token=encoding.n_vocab, pad=pad, **choice):
+        yield [text.add(token) for text, token in zip(texts, ids.tolist(), strict=True)]
+        if all(text.ended for text in texts):
+            return
+    yield [text.end() for text in texts]
+
+
+def print_texts(texts: list[Text], pieces: Iterator[list[str]], limit: int) -> None:
+    """Print a single text while it is written; several one after the other, when all are finished."""
+    alone = len(texts) == 1
+    if alone:
+        print(texts[0].prompt, end="", flush=True)
+    written = [[] for _ in texts]
+    start = time.perf_counter()
+    for new in tqdm(pieces, total=limit, unit="token", leave=False, disable=alone or not sys.stderr.isatty()):
+        for parts, piece in zip(written, new, strict=True):
+            parts.append(piece)
+        if alone:
+            print(new[0], end="", flush=True)
+    seconds = time.perf_counter() - start
+    if alone:
+        print()
+    else:
+        for i, (text, parts) in enumerate(zip(texts, written, strict=True)):
+            print(f"--- sample {i + 1} of {len(texts)} ---\n{text.prompt}{''.join(parts)}")
+    sys.stdout.flush()
+    tokens = sum(len(text.tokens) - text.n_prompt for text in texts)
+    if tokens:
+        print(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s", file=sys.stderr)
+
+
+# The graph of one text
+
+
+def check_graph(model: GPT) -> None:
+    """Raise UserError if the model has no graph."""
+    if model.config.aggregator != "dag":
+        raise UserError(f"this model combines its experts by {model.config.aggregator!r}: there is no graph to show")
+
+
+def record(model: GPT, tokens: torch.Tensor) -> list[LayerRecord]:
+    """What each layer does with tokens (B, T): GPT.forward's records."""
+    records = []
+    with torch.no_grad():
+        model(tokens, records=records)
+    return records
+
+
+def shares(message: torch.Tensor) -> torch.Tensor:
+    """Norms ‖m_ij‖ (..., K, K) → how much of what node i receives comes from node j: the rows sum to 1."""
+    return message / message.sum(dim=-1, keepdim=True).clamp_min(1e-30)
+
+
+def describe_graph(model: GPT, text: Text) -> dict:
+    """Per token and layer the experts, their weights and all edges, as plain numbers for the page and for --dag-text.
+
+    Of a text longer than block_size only its end, because the model can't look at more at once.
+    """
+    start = max(0, len(text.tokens) - model.config.block_size)
+    tokens = text.tokens[start:]
+    records = record(model, torch.tensor([tokens], device=model.embed.weight.device))
+
+    def rounded(x: torch.Tensor) -> list:
+        return [[round(value, 3) for value in row] for row in x.flatten(1).tolist()]
+
+    return {
+        "K": model.config.top_k,
+        "gate": model.config.dag_gate,
+        "tokens": [text.encoding.decode([token]) for token in tokens],
+        "prompt": max(0, text.n_prompt - start),  # how many of the tokens
+        "layers": [
+            {
+                "expert": layer.expert.tolist(),
+                "weight": rounded(layer.gate),
+                "beyond": [round(x, 3) for x in (layer.beyond_sum / layer.update.clamp_min(1e-30)).tolist()],
+                "depths": [  # K·K numbers a token: row i, column j is the edge from node j to node i
+                    {"gate": rounded(depth.edge_gate), "share": rounded(shares(depth.message))}
+                    for depth in layer.depths
+                ],
+            }
+            for layer in records
+        ],
+    }
+
+
+def write_page(path: Path, graph: dict) -> None:
+    """Fill the template assets/graph.html: one file that needs no network."""
+    if not TEMPLATE.exists():
+        raise UserError(f"{TEMPLATE} is missing, though it belongs to this repository: git checkout assets")
+    # "<" is written as JSON's \u003c, so that no token can end the script element in which the data stand.
+    data = json.dumps(graph, separators=(",", ":")).replace("<", "\\u003c")
+    with replacing(path) as file:
+        file.write(TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/null", data, 1).encode())
+    print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB); open it in a browser", file=sys.stderr)
+
+
+def print_graph(graph: dict, position: int) -> None:
+    """The edges at one token as tables. Raises UserError if there is no token at that position."""
+    count, K = len(graph["tokens"]), graph["K"]
+    if not -count <= position < count:
+        raise UserError(f"--dag-text must lie between {-count} and {count - 1}: there are {count} tokens")
+    s = position % count
+    print(f"\nThe graph at token {s} of {count}, {graph['tokens'][s]!r}. A row receives, a column sends; in each cell")
+    print(f"the edge's mean gate ({graph['gate']}), and its share of all that the row's node receives.")
+    for i, layer in enumerate(graph["layers"]):
+        experts = layer["expert"][s]
+        weights = ", ".join(f"E{e} {w:.2f}" for e, w in zip(experts, layer["weight"][s], strict=True))
+        print(f"\nlayer {i + 1}: router weights {weights}; {layer['beyond'][s]:.0%} of the update is not in their sum")
+        for d, edges in enumerate(layer["depths"]):
+            print(f"depth {d + 1:<5}" + "".join(f"{f'from E{e}':>14}" for e in experts))
+            for node, e in enumerate(experts):
+                row = slice(node * K, (node + 1) * K)
+                cells = zip(edges["gate"][s][row], edges["share"][s][row], strict=True)
+                print(f"{f'to E{e}':>11}" + "".join(f"{gate:9.3f} {share:4.0%}" for gate, share in cells))
+
+
+# The graphs of a whole validation set
+
+
+class GraphStatistics(NamedTuple):
+    """Means over tokens, nodes and edges, of one depth in one layer."""
+
+    gate: float  # an edge's mean gate
+    spread: float  # standard deviation of that over tokens and edges
+    self_gate: float  # mean gate of the edges from a node to itself
+    self_share: float  # share of what a node receives that comes from itself
+    incoming: float  # effective number of a node's incoming edges, 1 / Σ_j share_ij²: 1 to K
+    update: float  # ‖W_up Σ_j m_ij‖ / ‖n_i‖
+    beyond: float  # of the layer: ‖h' - h - Σ_i g_i E_i(x)‖ / ‖h' - h‖
+    strength: torch.Tensor  # (E, E) mean ‖m_ij‖ [expert that receives, expert that sends], NaN where rarer than PAIRS
+
+
+def graph_statistics(model: GPT, tokens: np.ndarray) -> list[list[GraphStatistics]]:
+    """Statistics per layer and depth over evenly spaced windows of the tokens, about STATISTICS_TOKENS in all."""
+    c, device = model.config, model.embed.weight.device
+    offsets = spaced_offsets(tokens, c.block_size, STATISTICS_TOKENS)
+    means = torch.zeros(c.n_layer, c.dag_depth, 7, device=device)
+    strength, count = torch.zeros(2, c.n_layer, c.dag_depth, c.n_expert**2, device=device)
+    for start in tqdm(range(0, len(offsets), 8), unit="batch", leave=False, disable=not sys.stderr.isatty()):
+        windows = cut_windows(tokens, offsets[start : start + 8], c.block_size, c.vocab_size)
+        weight = len(windows) / len(offsets)
+        for i, layer in enumerate(record(model, torch.from_numpy(windows).to(device))):
+            pair = (layer.expert[:, :, None] * c.n_expert + layer.expert[:, None, :]).flatten()
+            for d, depth in enumerate(layer.depths):
+                share = shares(depth.message)
+                concentration = share.square().sum(dim=-1)  # 1/K to 1; 0 where a node receives nothing at all
+                values = (
+                    depth.edge_gate,
+                    depth.edge_gate.square(),
+                    depth.edge_gate.diagonal(dim1=1, dim2=2),
+                    share.diagonal(dim1=1, dim2=2),
+                    torch.where(concentration > 0, 1 / concentration, 0.0),
+                    depth.update / depth.node,
+                    layer.beyond_sum / layer.update,
+                )
+                means[i, d] += weight * torch.stack([value.mean() for value in values])
+                strength[i, d].index_add_(0, pair, depth.message.flatten())
+                count[i, d].index_add_(0, pair, torch.ones_like(pair, dtype=count.dtype))
+    strength = torch.where(count >= PAIRS, strength / count, math.nan).view(*strength.shape[:2], c.n_expert, c.n_expert)
+    statistics = []
+    for i in range(c.n_layer):
+        rows = zip(means[i].tolist(), strength[i].cpu(), strict=True)
+        statistics.append([
+            GraphStatistics(gate, max(0.0, square - gate**2) ** 0.5, *others, pairs)
+            for (gate, square, *others), pairs in rows
+        ])  # fmt: skip
+    return statistics
+
+
+def print_statistics(statistics: list[list[GraphStatistics]], K: int) -> None:
+    """A row per layer and depth, and which pairs of different experts send each other the largest messages."""
+    print(
+        f"{'layer':>5}{'depth':>6}{'gate ± spread':>18}{'to itself':>11}{'to others':>11}{'share to itself':>17}",
+        end="",
+    )
+    print(f"{'edges in':>10}{'update':>8}{'beyond sum':>12}  strongest pairs, × the mean of all pairs")
+    for i, depths in enumerate(statistics):
+        for d, row in enumerate(depths):
+            others = f"{(K * row.gate - row.self_gate) / (K - 1):11.3f}" if K > 1 else f"{'-':>11}"
+            relative = row.strength / row.strength.nanmean()
+            relative.fill_diagonal_(math.nan)
+            best = relative.nan_to_num(-1.0).flatten().topk(min(3, relative.numel()))
+            pairs = [
+                f"E{at % len(relative)}→E{at // len(relative)} {value:.1f}"
+                for value, at in zip(*(x.tolist() for x in best), strict=True)
+                if value > 0
+            ]
+            print(
+                f"{i + 1:>5}{d + 1:>6}{row.gate:>10.3f} ± {row.spread:.3f}{row.self_gate:>11.3f}{others}"
+                f"{row.self_share:>17.2f}{row.incoming:>10.2f}{row.update:>8.3f}{row.beyond:>12.3f}  {', '.join(pairs)}"
+            )
+    print(f"An edge whose share is as large as all others' has 1/K = {1 / K:.2f}; 'edges in' then is K = {K}.")
+
+
+def draw_statistics(path: Path, statistics: list[list[GraphStatistics]]) -> None:
+    """Heat maps of the mean message between experts, a row per layer and a column per depth, as PNG."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no heat map: pip install matplotlib", file=sys.stderr)
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    size = (len(statistics), len(statistics[0]))
+    figure, axes = pyplot.subplots(*size, figsize=(4.2 * size[1], 3.6 * size[0]), squeeze=False, layout="constrained")
+    for i, depths in enumerate(statistics):
+        for d, row in enumerate(depths):
+            image = axes[i][d].imshow(row.strength.numpy(), cmap="viridis")
+            axes[i][d].set(title=f"layer {i + 1}, depth {d + 1}", xlabel="expert that sends", ylabel="that receives")
+            figure.colorbar(image, ax=axes[i][d], label="mean ‖m_ij‖")
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=100)
+    pyplot.close(figure)
+    print(f"wrote {path}", file=sys.stderr)
+
+
+# The command
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line. Raises UserError."""
     parser = Parser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "path", type=Path, metavar="out/NAME", help="a run's folder (its best.pt), or a checkpoint file"
     )
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", default="", help="text to continue (default: none, a new document)")
-    prompt.add_argument("--prompt-file", type=Path, help="file whose text is continued")
-    parser.add_argument("--num-samples", type=int, default=1, help="how many texts to write (default: 1)")
-    parser.add_argument("--max-new-tokens", type=int, default=500, help="longest text, in tokens (default: 500)")
+    prompt.add_argument("--prompt", action="append", help="text to continue, - for standard input; may be repeated")
+    prompt.add_argument("--prompt-file", type=Path, help="file whose text is continued (default: a new document)")
+    parser.add_argument("--num-samples", type=int, default=1, help="texts per prompt, all at once (default: 1)")
+    parser.add_argument("--max-new-tokens", type=int, help="longest text, in tokens (default: 500; with --dag: 100)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: 0.8)")
     parser.add_argument("--top-k", type=int, help="choose among the K likeliest tokens only")
     parser.add_argument("--top-p", type=float, help="choose among the likeliest tokens that together reach P only")
+    parser.add_argument("--stop", help="end a text before these characters")
     parser.add_argument("--seed", type=int, default=1337, help="another seed, another text (default: 1337)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+    parser.add_argument("--dag", type=Path, metavar="FILE.html", help="write a page that shows the text's graphs")
+    parser.add_argument(
+        "--dag-text", type=int, nargs="?", const=-1, metavar="TOKEN", help="print the graphs at a token (default: last)"
+    )
+    parser.add_argument("--dag-stats", metavar="DATASET", help="print what the graphs are like on its validation split")
     args = parser.parse_args()
-    for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 1), ("seed", 0)):
+    graph = args.dag is not None or args.dag_text is not None
+    if args.max_new_tokens is None:
+        args.max_new_tokens = 100 if graph else 500
+    least = {"num_samples": 1, "max_new_tokens": 0 if graph else 1, "temperature": 0, "top_k": 1, "seed": 0}
+    for name, bound in least.items():
         value = getattr(args, name)
-        if value is not None and not value >= least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        if value is not None and not value >= bound:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {bound}, got {value}")
     if args.seed >= 2**63:
         raise UserError(f"--seed must be below 2**63, got {args.seed}")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise UserError(f"--top-p must lie above 0 and not above 1, got {args.top_p}")
+    if args.stop == "":
+        raise UserError("--stop must not be empty")
+    if graph and (args.num_samples > 1 or len(args.prompt or []) > 1):
+        raise UserError("--dag and --dag-text show one text: give one --prompt, and no --num-samples")
+    if args.dag_stats and (graph or args.prompt or args.prompt_file):
+        raise UserError("--dag-stats reads a dataset: it goes without --prompt, --prompt-file, --dag and --dag-text")
+    return args
 
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The texts to continue. Raises UserError."""
+    if args.prompt_file:
+        return [read_text(args.prompt_file)]
+    prompts = []
+    for prompt in args.prompt or [""]:
+        if prompt == "-":
+            try:
+                prompt = sys.stdin.buffer.read().decode()
+            except UnicodeDecodeError as error:
+                raise UserError(f"standard input is not UTF-8 text: byte {error.start} is in the way") from error
+        prompts.append(prompt)
+    return prompts
+
+
+def main() -> None:
+    args = parse_arguments()
     device = choose_device(args.device)
-    model, checkpoint = load_model(checkpoint_path(args.path), device)
-    text = read_text(args.prompt_file) if args.prompt_file else args.prompt
+    cast = autocast(device, choose_dtype("auto", device))
+    path = checkpoint_path(args.path)
+    model, checkpoint = load_model(path, device)
+    encoding = get_encoding(checkpoint["encoding"])
+    if args.dag is not None or args.dag_text is not None:
+        check_graph(model)  # before anything is written
+
+    if args.dag_stats:
+        check_graph(model)
+        data = open_dataset(args.dag_stats)
+        data.check_fits(checkpoint["encoding"], model.config.vocab_size, model.config.block_size)
+        with cast:
+            statistics = graph_statistics(model, data.val)
+        print_statistics(statistics, model.config.top_k)
+        draw_statistics(path.with_name(f"dag-{data.name}.png"), statistics)
+        return
+
+    texts = [Text(encoding, prompt, args.stop) for prompt in read_prompts(args) for _ in range(args.num_samples)]
     generator = torch.Generator(device).manual_seed(args.seed)
-    for i in range(args.num_samples):
-        if args.num_samples > 1:
-            print(f"--- sample {i + 1} of {args.num_samples} ---")
-        print(text, end="", flush=True)
-        with autocast(device, choose_dtype("auto", device)):
-            choice = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, generator=generator)
-            for piece in continue_text(model, checkpoint["encoding"], text, args.max_new_tokens, **choice):
-                print(piece, end="", flush=True)
-        print()
+    choice = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, generator=generator)
+    with cast:
+        print_texts(texts, continue_texts(model, texts, args.max_new_tokens, **choice), args.max_new_tokens)
+        if args.dag is not None or args.dag_text is not None:
+            graph = describe_graph(model, texts[0])
+    if args.dag_text is not None:
+        print_graph(graph, args.dag_text)
+    if args.dag is not None:
+        write_page(args.dag, graph)
 
 
 if __name__ == "__main__":

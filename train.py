@@ -31,7 +31,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,17 +43,27 @@ from model import GPT, VERSION, LayerRecord, ModelConfig, balance_loss, check_ty
 from prepare import (
     DATA,
     KNOWN,
-    SPLITS,
+    Dataset,
     Parser,
     UserError,
+    cut_windows,
     get_encoding,
-    load_meta,
-    load_tokens,
+    open_dataset,
     prepare,
     replacing,
     run,
+    spaced_offsets,
 )  # fmt: skip
-from sample import autocast, checkpoint_path, choose_device, choose_dtype, continue_text, load_checkpoint, load_model
+from sample import (
+    Text,
+    autocast,
+    checkpoint_path,
+    choose_device,
+    choose_dtype,
+    continue_texts,
+    load_checkpoint,
+    load_model,
+)  # fmt: skip
 
 LOG_COLUMNS = (
     "step", "tokens", "train_loss", "val_loss", "val_bpb", "balance", "z",
@@ -206,68 +215,15 @@ def get_batch(
     """
     rng = np.random.default_rng((config.seed, step))
     offsets = rng.integers(0, len(tokens) - model_config.block_size, size=(config.grad_accum, config.batch_size))
-    return cut_windows(tokens, offsets[micro_step], model_config)
+    return inputs_and_targets(tokens, offsets[micro_step], model_config)
 
 
-def cut_windows(
+def inputs_and_targets(
     tokens: np.ndarray, offsets: np.ndarray, model_config: ModelConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The windows of block_size tokens that start at `offsets`, and the same windows one token later."""
-    windows = np.stack([tokens[i : i + model_config.block_size + 1] for i in offsets]).astype(np.int64)
-    if windows.max() >= model_config.vocab_size:
-        raise UserError(
-            f"{tokens.filename} holds token id {windows.max()}, beyond vocab_size {model_config.vocab_size}: "
-            "prepare the dataset again with python prepare.py"
-        )
-    windows = torch.from_numpy(windows)
+    windows = torch.from_numpy(cut_windows(tokens, offsets, model_config.block_size + 1, model_config.vocab_size))
     return windows[:, :-1], windows[:, 1:]
-
-
-class Dataset(NamedTuple):
-    """What prepare.py made."""
-
-    name: str
-    meta: dict  # contents of meta.json
-    train: np.ndarray  # token ids
-    val: np.ndarray
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Length of the validation split's text in bytes, over its tokens."""
-        val = self.meta["splits"]["val"]
-        return val["bytes"] / val["tokens"]
-
-    @property
-    def fingerprint(self) -> dict:
-        """Checksums of the tokens, which change when a dataset is prepared anew with another result."""
-        return {split: self.meta["splits"][split].get("sha256") for split in SPLITS}
-
-
-def open_dataset(name: str) -> Dataset:
-    """The dataset data/NAME, memory-mapped. Raises UserError."""
-    return Dataset(name, load_meta(name), *(load_tokens(name, split) for split in SPLITS))
-
-
-def check_fits(data: Dataset, model_config: ModelConfig, encoding: str) -> None:
-    """Raise UserError unless a model that reads `encoding` can be trained and evaluated on the dataset."""
-    name, meta = data.name, data.meta
-    if meta["encoding"] != encoding:
-        raise UserError(
-            f"dataset {name!r} is in the {meta['encoding']} encoding, the model reads {encoding}: prepare the text "
-            f"once more with --encoding {encoding} and another --name"
-        )
-    if meta["vocab_size"] > model_config.vocab_size:
-        raise UserError(
-            f"dataset {name!r} has {meta['vocab_size']} token ids, more than vocab_size {model_config.vocab_size}: "
-            "raise vocab_size, or leave it out to take the dataset's"
-        )
-    for split in SPLITS:
-        tokens = getattr(data, split)
-        if len(tokens) <= model_config.block_size:
-            raise UserError(
-                f"the {split} split of {name!r} has {len(tokens)} tokens, too few for block_size "
-                f"{model_config.block_size}: prepare more text, or choose a smaller block_size"
-            )
 
 
 def prepare_known(names: list[str]) -> None:
@@ -470,8 +426,8 @@ def evaluate(model: GPT, data: Dataset, config: TrainConfig, cast: AbstractConte
     """
     rank, ranks = this_rank()
     c, device, tokens = model.config, model.embed.weight.device, data.val
-    count = max(1, min(config.eval_tokens, len(tokens) - 1) // c.block_size)
-    offsets = np.linspace(0, len(tokens) - c.block_size - 1, count).astype(np.int64)[rank::ranks]
+    all_offsets = spaced_offsets(tokens, c.block_size, config.eval_tokens)
+    count, offsets = len(all_offsets), all_offsets[rank::ranks]
     depths = c.dag_depth if c.aggregator == "dag" else 0
     wide = torch.float32 if device.type == "mps" else torch.float64
     means = torch.zeros(2 + 2 * depths, device=device, dtype=wide)  # loss, z-loss, and per depth gate and update
@@ -480,7 +436,7 @@ def evaluate(model: GPT, data: Dataset, config: TrainConfig, cast: AbstractConte
     max_logit = torch.zeros((), device=device)
     model.eval()
     for start in range(0, len(offsets), config.batch_size):
-        x, y = cut_windows(tokens, offsets[start : start + config.batch_size], c)
+        x, y = inputs_and_targets(tokens, offsets[start : start + config.batch_size], c)
         records = []
         with cast:
             out = model(x.to(device), y.to(device), records)
@@ -633,7 +589,7 @@ def print_samples(model: GPT, encoding: str, config: TrainConfig, cast: Abstract
     """Two short texts, to see what was learned."""
     device = model.embed.weight.device
     try:
-        get_encoding(encoding)
+        loaded = get_encoding(encoding)
     except UserError as error:
         print(f"no samples: {error}")
         return
@@ -642,7 +598,7 @@ def print_samples(model: GPT, encoding: str, config: TrainConfig, cast: Abstract
         print(f"\n--- sample {i + 1} ---")
         generator = torch.Generator(device).manual_seed(config.seed + i)
         with cast:
-            for piece in continue_text(model, encoding, "", 400, temperature=0.8, generator=generator):
+            for (piece,) in continue_texts(model, [Text(loaded, "")], 400, temperature=0.8, generator=generator):
                 print(piece, end="", flush=True)
         print()
 
@@ -664,7 +620,7 @@ def evaluate_only(config: TrainConfig) -> None:
     model, checkpoint = load_model(checkpoint_path(Path(config.init_from or config.out_dir)), device)
     datasets = [open_dataset(name) for name in names]
     for data in datasets:
-        check_fits(data, model.config, checkpoint["encoding"])
+        data.check_fits(checkpoint["encoding"], model.config.vocab_size, model.config.block_size)
     width = max(len(data.name) for data in datasets)
     for data in datasets:
         result = evaluate(model, data, config, autocast(device, choose_dtype(config.dtype, device)))
@@ -702,7 +658,7 @@ def main() -> None:
     data = open_dataset(config.dataset)
     model_config = make_config(ModelConfig, {"vocab_size": data.meta["vocab_size"]} | settings)
     encoding = checkpoint["encoding"] if checkpoint else data.meta["encoding"]
-    check_fits(data, model_config, encoding)
+    data.check_fits(encoding, model_config.vocab_size, model_config.block_size)
     if config.resume:
         changed = check_resume(path, checkpoint, config, model_config, data)
     elif checkpoint:

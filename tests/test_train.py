@@ -99,7 +99,7 @@ def test_evaluation_reports_routing_and_graph(corpus):
     result = train.evaluate(model, data, TrainConfig(eval_tokens=20 * 16, batch_size=3), train.nullcontext())
     offsets = np.linspace(0, len(data.val) - 17, 20).astype(int)
     records = []
-    out = model(*train.cut_windows(data.val, offsets, model.config), records)
+    out = model(*train.inputs_and_targets(data.val, offsets, model.config), records)
     share = out.router.load / out.router.load.sum(dim=1, keepdim=True)
     expected = {
         "val_loss": out.loss.item(),
