@@ -4,6 +4,7 @@ python bench.py prepare               # prepare.py against tiktoken alone, on th
 python bench.py prepare novels/       # the same on other text
 python bench.py memory                # peak memory of prepare.py on a small and on a large corpus
 python bench.py loop                  # train.py's loop against a bare one: forward, backward, step
+python bench.py sample out/NAME       # sampling with the key/value cache against without, one text and 16
 """
 
 import argparse
@@ -27,9 +28,9 @@ from tqdm import tqdm
 
 import prepare
 import train
-from model import GPT, ModelConfig, balance_loss
+from model import GPT, ModelConfig, balance_loss, window_start
 from prepare import Parser, Reader, Source, UserError, get_encoding, local_source, run, stdlib_source
-from sample import autocast, choose_device, choose_dtype
+from sample import autocast, checkpoint_path, choose_device, choose_dtype, load_model
 
 
 @contextlib.contextmanager
@@ -72,9 +73,7 @@ def bench_prepare(paths: list[str], encoding_name: str, workers: int, repeats: i
                 start = time.perf_counter()
                 function()
                 seconds[name].append(time.perf_counter() - start)
-    ratios = [alone / whole for alone, whole in zip(*seconds.values(), strict=True)]
-    spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-    print(f"prepare.py reaches {statistics.median(ratios):.2f} ({spread}) of tiktoken's own speed")
+    print(compare("speed of prepare.py against tiktoken's own", *seconds.values()))
     for name, values in seconds.items():
         speeds = [megabytes / s for s in values]
         print(f"{name:24}{statistics.median(speeds):7.1f} MB/s ({min(speeds):.1f} to {max(speeds):.1f})")
@@ -142,12 +141,52 @@ def bench_loop(arguments: list[str], steps: int, repeats: int) -> None:
             speeds["train.py"].append(whole_loop(f"{folder}/{i}"))
             speeds["bare loop"].append(bare_loop())
             progress.update()
-    pairs = list(zip(*speeds.values(), strict=True))[1:]  # the first warms up
-    ratios = [whole / bare for whole, bare in pairs]
-    spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
-    print(f"train.py reaches {statistics.median(ratios):.3f} ({spread}) of a bare loop's speed, {device.type}")
+    speeds = {name: values[1:] for name, values in speeds.items()}  # the first pair warms up
+    print(compare(f"speed of train.py against a bare loop, {device.type}", *speeds.values()))
     for name, values in speeds.items():
-        print(f"{name:12}{statistics.median(values[1:]):12,.0f} tokens/s")
+        print(f"{name:12}{statistics.median(values):12,.0f} tokens/s")
+
+
+@torch.no_grad()
+def bench_sample(path: Path, new_tokens: int, repeats: int, device_name: str) -> None:
+    """Print tokens/s of greedy sampling: one text without cache, one with, 16 at once with."""
+    device = choose_device(device_name)
+    model, checkpoint = load_model(checkpoint_path(path), device)
+    start = torch.full((16, 1), get_encoding(checkpoint["encoding"]).eot_token, device=device)
+
+    def cached(batch: int) -> None:
+        for _ in model.generate(start[:batch], new_tokens, temperature=0):
+            pass
+
+    def uncached() -> None:
+        tokens = start[:1]
+        for _ in range(new_tokens):
+            window = tokens[:, window_start(tokens.shape[1], model.config.block_size) :]
+            tokens = torch.cat([tokens, model(window).logits[:, -1].argmax(dim=-1, keepdim=True)], dim=1)
+
+    ways = {"uncached": (1, uncached), "cached": (1, lambda: cached(1)), "cached, 16 texts": (16, lambda: cached(16))}
+    speeds = {name: [] for name in ways}
+    with autocast(device, choose_dtype("auto", device)), tqdm(total=repeats + 1, unit="round") as progress:
+        for _ in range(repeats + 1):
+            for name, (batch, function) in ways.items():
+                begun = time.perf_counter()
+                function()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                speeds[name].append(batch * new_tokens / (time.perf_counter() - begun))
+            progress.update()
+    speeds = {name: values[1:] for name, values in speeds.items()}  # the first round warms up
+    print(f"{new_tokens} new tokens, block_size {model.config.block_size}, {device.type}")
+    print(compare("cached against uncached", speeds["cached"], speeds["uncached"]))
+    print(compare("16 texts at once against one", speeds["cached, 16 texts"], speeds["cached"]))
+    for name, values in speeds.items():
+        print(f"{name:18}{statistics.median(values):10,.0f} tokens/s ({min(values):,.0f} to {max(values):,.0f})")
+
+
+def compare(what: str, ours: list[float], theirs: list[float]) -> str:
+    """Median and spread of the ratios of pairs that were measured one after the other."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return f"{what}: {statistics.median(ratios):.2f} x ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def main() -> None:
@@ -163,6 +202,11 @@ def main() -> None:
     loop.add_argument("settings", nargs="*", metavar="SETTING", help="as for train.py (default: the quick start's)")
     loop.add_argument("--steps", type=int, default=100, help="steps of each (default: 100)")
     loop.add_argument("--repeats", type=int, default=5, help="how often each is timed (default: 5)")
+    sample = what.add_parser("sample", help="sampling with and without cache, one text and 16")
+    sample.add_argument("path", type=Path, metavar="out/NAME", help="a run's folder, or a checkpoint file")
+    sample.add_argument("--new-tokens", type=int, default=512, help="tokens per text (default: 512)")
+    sample.add_argument("--repeats", type=int, default=5, help="how often each is timed (default: 5)")
+    sample.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     for either in (command, memory):
         either.add_argument("--encoding", default="gpt2", help="as in prepare.py (default: gpt2)")
     args, rest = parser.parse_known_args()
@@ -172,6 +216,10 @@ def main() -> None:
         if min(args.steps, args.repeats) < 1:
             raise UserError("--steps and --repeats must be at least 1")
         bench_loop([*(args.settings or ["configs/quickstart.toml"]), *rest], args.steps, args.repeats)
+    elif args.what == "sample":
+        if min(args.new_tokens, args.repeats) < 1:
+            raise UserError("--new-tokens and --repeats must be at least 1")
+        bench_sample(args.path, args.new_tokens, args.repeats, args.device)
     elif args.what == "memory":
         if min(args.sizes) < 1:
             raise UserError(f"--sizes must be at least 1, got {min(args.sizes)}")

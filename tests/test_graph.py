@@ -65,7 +65,7 @@ def one_open_edge() -> GPT:
         node[:, 2] = 4.0 / 2
         node[:, 0] = records[0].gate[0] * torch.tensor([1.0, -1.0]) * 16 / (1 + math.exp(-4.0))  # silu(4) · 4
         (a, c), (b, d) = (node / node.square().mean(dim=1, keepdim=True).sqrt())[:, [0, 2]].tolist()
-        # W₁ z_0 = 10, W₁ z_1 = -30, W₂ z_0 = -30, W₂ z_1 = 10: only the edge to 0 from 1 gets 20, the others -20 or less
+        # W₁ z_0 = 10, W₁ z_1 = -30, W₂ z_0 = -30, W₂ z_1 = 10: the edge to 0 from 1 gets 20, the others at most -20
         z = torch.tensor([[a, c], [b, d]])
         layer.w_edge.weight[:, :2] = torch.linalg.solve(z, torch.tensor([10.0, -30.0]))
         layer.w_edge.weight[:, 2:] = torch.linalg.solve(z, torch.tensor([-30.0, 10.0]))

@@ -2,6 +2,10 @@
 
 import io
 import pickle
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,24 +44,76 @@ def test_sampling_needs_only_the_checkpoint(run_folder, call):
     assert len(texts) == 3 and texts[1][10:] != texts[2][10:]
 
 
+class Fixed:
+    """A model that generates given tokens, one row per text."""
+
+    embed = torch.nn.Embedding(1, 1)
+
+    def __init__(self, *rows):
+        self.rows = rows
+
+    def generate(self, tokens, max_new_tokens, n_token, pad):
+        self.tokens, self.pad = tokens.tolist(), pad
+        assert n_token == 257
+        yield from (torch.tensor(ids) for ids in zip(*self.rows, strict=True))
+
+
+def pieces_of(tokens, stop=None) -> list[str]:
+    text = sample.Text(prepare.get_encoding("bytes"), "hi", stop)
+    model = Fixed(tokens)
+    pieces = [piece for (piece,) in sample.continue_texts(model, [text], 9)]
+    assert model.tokens == [[104, 105]] and model.pad == [0]
+    return pieces
+
+
 def test_text_streams_as_it_is_generated_in_whole_characters():
     """A character that spans tokens comes out whole; a cut one at the end is replaced; <|endoftext|> ends the text."""
+    assert pieces_of([*"é😀x".encode(), 256, 65]) == ["", "é", "", "", "", "😀", "x", ""]
+    assert "".join(pieces_of("日".encode()[:2])) == "\ufffd"
 
-    class Fixed:
-        """Generates given bytes."""
 
-        embed = torch.nn.Embedding(1, 1)
+def test_a_stop_string_ends_the_text_and_is_never_shown():
+    """Not even its beginning; what looks like it and is something else appears; it may span characters and tokens."""
+    assert pieces_of(b"ab\nclass x", stop="\nclass") == ["a", "b", "", "", "", "", "", ""]
+    assert pieces_of(b"ab\nclaim", stop="\nclass") == ["a", "b", "", "", "", "", "\nclai", "m", ""]
+    assert "".join(pieces_of(b"aaab!", stop="aab")) == "a"
+    assert "".join(pieces_of("1é2".encode(), stop="é")) == "1"
+    assert "".join(pieces_of(b"ab\ncla", stop="\nclass")) == "ab\ncla", "the end releases what was held"
+    assert "".join(pieces_of([*b"ab\ncla", 256, 65], stop="\nclass")) == "ab\ncla"
 
-        def __init__(self, tokens):
-            self.tokens = tokens
 
-        def generate(self, tokens, max_new_tokens, n_token):
-            assert tokens.tolist() == [[104, 105]] and n_token == 257
-            yield from (torch.tensor([token]) for token in self.tokens)
+def test_texts_of_a_batch_end_on_their_own():
+    """Rows are padded at the left; a text that has ended gets nothing more, and the last one ends it all."""
+    encoding = prepare.get_encoding("bytes")
+    texts = [sample.Text(encoding, prompt, "!") for prompt in ("abc", "", "x")]
+    model = Fixed([*b"12!4567"], [*b"abcdef", 256], [256, *b"abcdef"])
+    pieces = list(sample.continue_texts(model, texts, 50))
+    assert ["".join(part) for part in zip(*pieces, strict=True)] == ["12", "abcdef", ""]
+    assert model.tokens == [[97, 98, 99], [256, 256, 256], [256, 256, 120]] and model.pad == [0, 2, 2]
+    assert [len(text.tokens) - text.n_prompt for text in texts] == [3, 6, 0]
 
-    pieces = list(sample.continue_text(Fixed([*"é😀x".encode(), 256, 65]), "bytes", "hi", 9))
-    assert pieces == ["", "é", "", "", "", "😀", "x", ""]
-    assert "".join(sample.continue_text(Fixed("日".encode()[:2]), "bytes", "hi", 9)) == "\ufffd"
+
+def test_prompts_of_one_batch_give_what_each_gives_alone(run_folder, call):
+    """Several prompts of different lengths, greedily, and beyond the window; the speed is reported."""
+    prompts = ["Line 7", "Document 12: naïve", "é"]
+    fixed = ("--temperature=0", "--max-new-tokens=40")
+    alone = [call(sample, run_folder, "--prompt", prompt, *fixed)[1] for prompt in prompts]
+    together = [argument for prompt in prompts for argument in ("--prompt", prompt)]
+    status, out, error = call(sample, run_folder, *together, *fixed)
+    assert status == 0 and re.fullmatch(r"[\d,]+ tokens in [\d.]+ s, [\d,]+ tokens/s\n", error), error
+    assert out == "".join(f"--- sample {i + 1} of 3 ---\n{text}" for i, text in enumerate(alone))
+
+
+def test_standard_input_and_closed_pipes(run_folder):
+    """--prompt - reads standard input; text that is not UTF-8 is refused; | head ends without a traceback."""
+    script = [sys.executable, str(Path(sample.__file__)), str(run_folder), "--prompt", "-", "--max-new-tokens=30"]
+    result = subprocess.run(script, input="Line 8é".encode(), capture_output=True)
+    assert result.returncode == 0 and result.stdout.decode().startswith("Line 8é"), result.stderr
+    result = subprocess.run(script, input=b"\xff", capture_output=True)
+    assert result.returncode == 2 and result.stderr.startswith(b"error: standard input is not UTF-8")
+    many = shlex.join([*script[:3], "--num-samples=40", "--max-new-tokens=60"])
+    result = subprocess.run(f"{many} | head -n 1", shell=True, capture_output=True, text=True)
+    assert result.stdout == "--- sample 1 of 40 ---\n" and "Traceback" not in result.stderr
 
 
 def test_padded_vocabulary_never_crashes_the_decoder(workdir, call, trained):
@@ -81,6 +137,7 @@ def test_bad_input_is_refused(run_folder, refused, call):
     refused("--max-new-tokens must be at least 1, got 0", sample, run_folder, "--max-new-tokens=0")
     refused("invalid int value: 'x'", sample, run_folder, "--seed=x")
     refused("not allowed with argument", sample, run_folder, "--prompt=a", "--prompt-file=b")
+    refused("--stop must not be empty", sample, run_folder, "--stop=")
     refused("none.txt", sample, run_folder, "--prompt-file=none.txt")
     refused("device 'gpu' can't be used here", sample, run_folder, "--device=gpu")
     refused("device 'meta' can't be used here", sample, run_folder, "--device=meta")
