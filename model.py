@@ -250,6 +250,12 @@ class Experts(nn.Module):
         """x (S, C), expert (S, K) ids → (S, K, C): slot (s, k) holds expert[s, k] applied to x[s]."""
         S, K = expert.shape
         E, C, _ = self.down_proj.shape
+        if S * K < E:  # few tokens, as in sampling: fetch the weights of each slot, instead of visiting every expert
+            x = x.unsqueeze(1).expand(S, K, C).reshape(S * K, C, 1)
+            gate, up, down = (
+                w.index_select(0, expert.flatten()) for w in (self.gate_proj, self.up_proj, self.down_proj)
+            )
+            return torch.bmm(down, F.silu(torch.bmm(gate, x)) * torch.bmm(up, x)).view(S, K, C)
         # Sort the S·K slots by expert, so that each expert's rows are contiguous: expert e owns rows ends[e-1]:ends[e].
         sorted_expert, order = expert.flatten().sort(stable=True)
         ends = torch.searchsorted(sorted_expert, torch.arange(E, device=x.device), right=True, out_int32=True)
@@ -353,8 +359,11 @@ class DAGLayer(nn.Module):
 
     def messages(self, node: Tensor) -> Tensor:
         """node (S, K, C) → (S, K, D): Σ_j m_ij, all that node i receives (Eq. 7 to 10)."""
+        parts = self.project(node)
+        if not torch.is_grad_enabled():
+            return self.sum_over_edges(*parts)
         # Recomputed in the backward pass: what is kept grows with K, not with the K² edges.
-        return checkpoint(self.sum_over_edges, *self.project(node), use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(self.sum_over_edges, *parts, use_reentrant=False, preserve_rng_state=False)
 
     def record(self, node: Tensor) -> DepthRecord:
         """node (S, K, C) → what the messages to it look like, edge by edge."""

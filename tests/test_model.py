@@ -143,6 +143,15 @@ def test_experts_equal_a_loop_over_tokens(dtype, expert_dim, tolerance, monkeypa
     assert fast["grad gate_proj"][[0, 6, 7]].abs().max() == 0
 
 
+def test_experts_for_few_tokens_equal_a_loop():
+    """Two tokens' six slots are fewer than the eight experts, so the slots' weights are fetched instead."""
+    experts = randomize(Experts(tiny_config()))
+    x = torch.randn(2, 32, generator=torch.Generator().manual_seed(2))
+    inputs = {"x": x, "expert": torch.tensor([[3, 0, 5], [7, 3, 1]])}
+    plain = results_and_gradients(lambda x, expert: plain_experts(experts, x, expert), inputs, experts)
+    assert_same(results_and_gradients(experts, inputs, experts), plain, 1e-5)
+
+
 # The whole network
 
 
