@@ -388,7 +388,8 @@ def load_weights(path: Path, checkpoint: dict, model: GPT, optimizer: torch.opti
     """Copy the checkpoint's weights, and its optimizer's state if one is given. Raises UserError."""
     try:
         lacking, surplus = model.load_state_dict(checkpoint["model"], strict=False)
-        if surplus or any(".aggregate." not in name for name in lacking):
+        upcycled = checkpoint["model_config"]["aggregator"] == "sum"  # the new aggregator keeps its own first weights
+        if surplus or not all(upcycled and ".aggregate." in name for name in lacking):
             raise KeyError(f"{lacking} {surplus}")
         if optimizer:
             optimizer.load_state_dict(checkpoint["optimizer"])
