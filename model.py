@@ -69,7 +69,7 @@ class ModelConfig:
     top_k: int = 4  # K, experts selected per token
     norm_topk: bool = True  # renormalise the K selected router probabilities to sum to 1 (for K = 1: to 1)
     expert_dim: int = 64  # H, hidden size of each SwiGLU expert
-    aggregator: str = "dag"  # how the K outputs are combined: sum | dag
+    aggregator: str = "dag"  # how the K outputs are combined: sum | dag; dense: one SwiGLU of hidden size K·H instead
     dag_depth: int = 2  # L, depth of the graph
     dag_dim: int = 32  # D, width of the graph's messages
     dag_gate: str = "sigmoid"  # edge gate of Eq. 9: sigmoid | silu
@@ -88,8 +88,8 @@ class ModelConfig:
             raise ValueError(f"top_k ({self.top_k}) must not exceed n_expert ({self.n_expert})")
         if not 1 < self.rope_theta < math.inf:
             raise ValueError(f"rope_theta must be a number above 1, got {self.rope_theta}")
-        if self.aggregator not in AGGREGATORS:
-            raise ValueError(f"aggregator must be one of {', '.join(AGGREGATORS)}, got {self.aggregator!r}")
+        if self.aggregator not in (*AGGREGATORS, "dense"):
+            raise ValueError(f"aggregator must be one of {', '.join(AGGREGATORS)}, dense, got {self.aggregator!r}")
         if self.dag_gate not in GATES:
             raise ValueError(f"dag_gate must be one of {', '.join(GATES)}, got {self.dag_gate!r}")
 
@@ -114,13 +114,10 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (B, 1, T, head_dim), for positions (B, T); B may be 1 for all rows alike.
-
-    Channel i turns at theta^(-2i/head_dim) per token.
-    """
+    """Cosines and sines, each (T, head_dim), for positions (T): channel i turns at theta^(-2i/head_dim) per token."""
     channel = torch.arange(0, config.head_dim, 2, device=positions.device)
     frequency = config.rope_theta ** (-channel / config.head_dim)
-    angle = positions[:, None, :, None] * frequency  # (B, 1, T, head_dim/2)
+    angle = positions[:, None] * frequency  # (T, head_dim/2)
     angle = torch.cat([angle, angle], dim=-1)  # rotate-half pairs channel i with i + head_dim/2
     return angle.cos(), angle.sin()
 
@@ -442,6 +439,27 @@ class MoE(nn.Module):
         return combined.view(B, T, C), stats
 
 
+class Dense(nn.Module):
+    """No experts to choose from: one SwiGLU of hidden size K·H, with the multiply-adds of a token's K experts."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.norm = RMSNorm(config.n_embd)
+        self.gate_proj = nn.Linear(config.n_embd, config.top_k * config.expert_dim, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.top_k * config.expert_dim, bias=False)
+        self.down_proj = nn.Linear(config.top_k * config.expert_dim, config.n_embd, bias=False)
+
+    def forward(self, h: Tensor, records: list[LayerRecord] | None = None) -> tuple[Tensor, RouterStats]:
+        """h (B, T, C) → (B, T, C), and the RouterStats of perfect balance. There is nothing to add to `records`."""
+        x = self.norm(h)
+        h = h + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        E = self.config.n_expert
+        balanced = torch.full((E,), 1 / E, device=h.device)
+        zero = torch.zeros((), device=h.device)
+        return h, RouterStats(balanced, torch.ones(E, dtype=torch.long, device=h.device), zero, zero)
+
+
 class Block(nn.Module):
     """One decoder layer: h + attention, then the MoE."""
 
@@ -449,7 +467,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm = RMSNorm(config.n_embd)
         self.attention = Attention(config)
-        self.moe = MoE(config)
+        self.moe = Dense(config) if config.aggregator == "dense" else MoE(config)
 
     def forward(
         self,
@@ -525,13 +543,15 @@ class GPT(nn.Module):
         for block in self.blocks:
             attention, moe = block.attention, block.moe
             std |= dict.fromkeys((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight), INIT_STD)
-            std |= dict.fromkeys((moe.router.weight, moe.experts.gate_proj, moe.experts.up_proj), INIT_STD)
-            std |= dict.fromkeys((attention.o_proj.weight, moe.experts.down_proj), into_residual)
-        for block in self.blocks:
-            if isinstance(block.moe.aggregate, DAGAggregator):
-                for layer in block.moe.aggregate.layers:
-                    std |= dict.fromkeys((layer.w_down.weight, layer.w_edge.weight, layer.w_node.weight), INIT_STD)
-                    std[layer.w_up.weight] = 0.0
+            if isinstance(moe, Dense):
+                std |= dict.fromkeys((moe.gate_proj.weight, moe.up_proj.weight), INIT_STD)
+                std |= dict.fromkeys((attention.o_proj.weight, moe.down_proj.weight), into_residual)
+            else:
+                std |= dict.fromkeys((moe.router.weight, moe.experts.gate_proj, moe.experts.up_proj), INIT_STD)
+                std |= dict.fromkeys((attention.o_proj.weight, moe.experts.down_proj), into_residual)
+        for layer in (module for module in self.modules() if isinstance(module, DAGLayer)):
+            std |= dict.fromkeys((layer.w_down.weight, layer.w_edge.weight, layer.w_node.weight), INIT_STD)
+            std[layer.w_up.weight] = 0.0
         for weight, deviation in std.items():
             weight.normal_(0.0, deviation, generator=generator)
         norms = [module.weight for module in self.modules() if isinstance(module, RMSNorm)]
@@ -555,12 +575,11 @@ class GPT(nn.Module):
         end = start + tokens.shape[1]
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens do not fit block_size {self.config.block_size}")
-        position, mask = torch.arange(start, end, device=tokens.device)[None], None  # (1, T)
-        if pad is not None:
-            key, query, first = torch.arange(end, device=tokens.device), position[..., None], pad[:, None, None]
+        position, mask = torch.arange(start, end, device=tokens.device), None
+        if pad is not None:  # positions need no shift: rotary attention depends on their differences only
+            key, query, first = torch.arange(end, device=tokens.device), position[:, None], pad[:, None, None]
             mask = (key <= query) & (key >= first) | (key == query)  # padding looks at itself: no row may be empty
             mask = mask.unsqueeze(1)  # (B, 1, T, end)
-            position = (position - pad[:, None]).clamp_min(0)  # (B, T)
         rope = rope_table(position, self.config)
         h = self.embed(tokens)
         stats = []
@@ -630,10 +649,11 @@ class GPT(nn.Module):
         embeddings = c.vocab_size * C * (1 if c.tie_embeddings else 2)
         attention = 2 * C * C + 2 * C * c.n_kv_head * c.head_dim
         expert = 3 * C * H
-        aggregator = {"sum": 0, "dag": L * (2 * C * D + 4 * D * D + C)}[c.aggregator]
-        layer = attention + E * C + E * expert + aggregator + 2 * C  # E·C: router; 2·C: two norms
+        aggregator = {"sum": 0, "dag": L * (2 * C * D + 4 * D * D + C), "dense": 0}[c.aggregator]
+        router, unused = (0, 0) if c.aggregator == "dense" else (E * C, (E - K) * expert)
+        layer = attention + router + K * expert + unused + aggregator + 2 * C  # 2·C: two norms
         total = embeddings + c.n_layer * layer + C
-        return ParameterCount(total, total - c.n_layer * (E - K) * expert, embeddings)
+        return ParameterCount(total, total - c.n_layer * unused, embeddings)
 
     def multiply_adds_per_token(self) -> MultiplyAdds:
         """Multiply-adds per token of a full window's forward pass, by formula (checked by counting in the tests).
@@ -647,10 +667,11 @@ class GPT(nn.Module):
         scores_and_values = 2 * c.block_size * C
         # W_down and the halves of W_edge and W_node on K nodes; W_up on K nodes too, but at the last depth on their sum
         dag = L * K * (C * D + 4 * D * D) + (L - 1) * K * C * D + C * D
+        router = 0 if c.aggregator == "dense" else c.n_expert * C
         return MultiplyAdds(
             attention=c.n_layer * (projections + scores_and_values),
-            experts=c.n_layer * (c.n_expert * C + 3 * K * C * H),
-            aggregator=c.n_layer * {"sum": 0, "dag": dag}[c.aggregator],
+            experts=c.n_layer * (router + 3 * K * C * H),
+            aggregator=c.n_layer * {"sum": 0, "dag": dag, "dense": 0}[c.aggregator],
             head=C * c.vocab_size,
         )
 

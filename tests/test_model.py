@@ -13,6 +13,7 @@ from model import GPT, Experts, ModelConfig, Router, RouterStats, balance_loss, 
 from tests.reference import assert_same, plain_experts, randomize, results_and_gradients, tiny_config
 
 BOTH = pytest.mark.parametrize("aggregator", ["sum", "dag"])
+ALL = pytest.mark.parametrize("aggregator", ["sum", "dag", "dense"])
 
 
 def tiny_model(**changes) -> GPT:
@@ -204,7 +205,7 @@ def test_sum_equals_hugging_face_mixtral(tie):
     )  # fmt: skip
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("training", [True, False])
 def test_no_leak_from_the_future_or_from_other_rows(aggregator, training):
     """Logits at t change neither with later tokens nor with other rows of the batch, training or not."""
@@ -242,7 +243,7 @@ def test_forward_always_returns_the_same_thing():
         model(random_tokens(1, 17))
 
 
-@BOTH
+@ALL
 def test_one_batch_overfits(aggregator):
     """A hundred steps on one batch bring the loss below 0.05."""
     torch.manual_seed(0)
@@ -283,7 +284,7 @@ def test_initialisation():
     assert not torch.equal(GPT(again.config).embed.weight, again.embed.weight), "another draw, another model"
 
 
-@BOTH
+@ALL
 def test_compiles_without_breaks_in_bfloat16(aggregator):
     """torch.compile(fullgraph=True) under bfloat16 autocast traces forward and backward and computes the same."""
     torch._dynamo.reset()
@@ -295,7 +296,7 @@ def test_compiles_without_breaks_in_bfloat16(aggregator):
         with torch.autocast("cpu", torch.bfloat16):
             out = network(tokens, tokens)
         (out.loss + balance_loss(out.router.load, out.router.prob)).backward()
-        return {"loss": out.loss.detach(), "grad": model.blocks[0].moe.experts.up_proj.grad.clone()}
+        return {"loss": out.loss.detach(), "grad": model.blocks[0].attention.o_proj.weight.grad.clone()}
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # dynamo's own deprecations
@@ -323,7 +324,7 @@ def generate(model: GPT, tokens: torch.Tensor, count: int, **choice) -> list[lis
     return torch.stack(list(model.generate(tokens, count, **choice)), dim=1).tolist()
 
 
-@BOTH
+@ALL
 def test_cached_generation_equals_uncached(aggregator):
     """Greedy tokens with the cache are those of whole forward passes over the documented window, far beyond it."""
     model = tiny_model(aggregator=aggregator)
@@ -337,7 +338,7 @@ def test_cached_generation_equals_uncached(aggregator):
     assert len({token for row in cached for token in row}) > 5, "a model that repeats itself tests little"
 
 
-@BOTH
+@ALL
 def test_texts_of_different_lengths_share_a_batch(aggregator):
     """Each row gets what it gets alone, before and after its window slides; padding tokens' ids do not matter."""
     model = tiny_model(aggregator=aggregator)
@@ -391,15 +392,16 @@ def test_choice_of_the_next_token():
 # Sizes and costs
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("tie", [True, False])
 def test_parameter_formulas(aggregator, tie):
     """The formulas count the real tensors: all, those active for a token, embeddings."""
     model = GPT(tiny_config(aggregator=aggregator, tie_embeddings=tie))
     count = model.count_parameters()
     assert count.total == sum(p.numel() for p in model.parameters())
-    experts = sum(p.numel() for block in model.blocks for p in block.moe.experts.parameters())
-    assert count.active == count.total - experts * (8 - 3) // 8
+    stacked = [p for name, p in model.named_parameters() if ".experts." in name]
+    assert count.active == count.total - sum(p.numel() for p in stacked) * (8 - 3) // 8
+    assert bool(stacked) == (aggregator != "dense")
     assert count.embeddings == sum(p.numel() for p in {model.embed.weight, model.head.weight})
 
 
@@ -421,6 +423,23 @@ class CountProducts(TorchDispatchMode):
         return result
 
 
+def test_dense_is_one_swiglu_with_the_experts_multiply_adds():
+    """h + down(silu(gate x) ⊙ up x) of hidden size K·H, no choice; as many multiply-adds as sum without its router."""
+    model = tiny_model(aggregator="dense")
+    moe, h = model.blocks[0].moe, torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
+    x = moe.norm(h)
+    hidden = F.silu(x @ moe.gate_proj.weight.T) * (x @ moe.up_proj.weight.T)
+    expected = h + hidden @ moe.down_proj.weight.T
+    out, stats = moe(h)
+    assert (out - expected).abs().max() <= 1e-5 and hidden.shape[-1] == 3 * 16
+    assert balance_of(stats).item() == pytest.approx(1.0) and stats.z == stats.max_logit == 0
+    dense, sparse = model.multiply_adds_per_token(), tiny_model(aggregator="sum").multiply_adds_per_token()
+    with CountProducts() as products:
+        moe(h)
+    assert 2 * products.total / 10 == dense.experts == sparse.experts - 2 * 8 * 32
+    assert dense.total == sparse.total - 2 * 8 * 32 and dense.aggregator == 0
+
+
 @pytest.mark.parametrize(("aggregator", "depth"), [("sum", 1), ("dag", 1), ("dag", 3)])
 def test_multiply_add_formulas(aggregator, depth):
     """The formulas equal the products that a forward pass executes, part by part."""
@@ -435,7 +454,7 @@ def test_multiply_add_formulas(aggregator, depth):
 
     x = torch.randn(2, 16, 32)
     flat, expert = x.view(S, 32), torch.zeros(S, 3, dtype=torch.long)
-    rope = model_module.rope_table(torch.arange(16)[None], config)
+    rope = model_module.rope_table(torch.arange(16), config)
     assert formula.attention == 2 * count(block.attention, x, rope)
     assert formula.experts == 2 * (count(block.moe.router, flat) + count(block.moe.experts, flat, expert))
     assert formula.aggregator == 2 * count(block.moe.aggregate, flat, torch.randn(S, 3, 32), torch.rand(S, 3))
@@ -460,7 +479,7 @@ def test_multiply_add_formulas(aggregator, depth):
         ({"tie_embeddings": 1}, r"tie_embeddings must be of type bool, got 1"),
         ({"rope_theta": -1.0}, r"rope_theta must be a number above 1, got -1.0"),
         ({"rope_theta": float("nan")}, r"rope_theta must be a number above 1, got nan"),
-        ({"aggregator": "mean"}, r"aggregator must be one of sum, dag, got 'mean'"),
+        ({"aggregator": "mean"}, r"aggregator must be one of sum, dag, dense, got 'mean'"),
         ({"dag_gate": "relu"}, r"dag_gate must be one of sigmoid, silu, got 'relu'"),
     ],
 )
