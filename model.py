@@ -256,10 +256,17 @@ class Experts(nn.Module):
         # Sort the S·K slots by expert, so that each expert's rows are contiguous: expert e owns rows ends[e-1]:ends[e].
         sorted_expert, order = expert.flatten().sort(stable=True)
         ends = torch.searchsorted(sorted_expert, torch.arange(E, device=x.device), right=True, out_int32=True)
+        x = as_in_a_product(x)  # before there are K copies of it
         rows = x.index_select(0, order // K)  # (S·K, C); index_select's backward is far faster than x[...]'s on CPU
         hidden = F.silu(grouped_linear(rows, self.gate_proj, ends)) * grouped_linear(rows, self.up_proj, ends)
         rows = grouped_linear(hidden, self.down_proj, ends)
         return rows.index_select(0, order.argsort()).view(S, K, C)  # undo the sort
+
+
+def as_in_a_product(x: Tensor) -> Tensor:
+    """x in the precision that autocast would give it in a matrix product."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -269,9 +276,8 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     else a loop over the experts: grouped_mm has no float64, needs rows of a multiple of 16 bytes, exists for CPU and
     CUDA, and in a compiled graph takes bfloat16 only.
     """
+    rows, weight = as_in_a_product(rows), as_in_a_product(weight)  # grouped_mm is not on autocast's list
     device = rows.device.type
-    if torch.is_autocast_enabled(device):  # grouped_mm is not on autocast's list
-        rows, weight = (t.to(torch.get_autocast_dtype(device)) for t in (rows, weight))
     dtypes = (torch.bfloat16,) if device == "cuda" or torch.compiler.is_compiling() else (torch.bfloat16, torch.float32)
     aligned = all(size * rows.element_size() % 16 == 0 for size in weight.shape[1:])
     if device in ("cpu", "cuda") and rows.dtype in dtypes and aligned:

@@ -10,6 +10,8 @@ Needs nothing but the checkpoint, which holds the model's configuration and the 
 
 import argparse
 import codecs
+import contextlib
+import ctypes
 import json
 import math
 import sys
@@ -82,6 +84,17 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
     """Weights stay in float32; in this context, which can be entered again and again, products are in `dtype`."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc, where that is the C library, to keep freed memory instead of giving it back to the system.
+
+    On a CPU every large tensor would otherwise be mapped anew, and filling in its pages can take longer than computing.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD: no block is too large for the heap
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's free end is kept
 
 
 def checkpoint_path(path: Path) -> Path:

@@ -61,6 +61,7 @@ from sample import (
     choose_device,
     choose_dtype,
     continue_texts,
+    keep_freed_memory,
     load_checkpoint,
     load_model,
 )  # fmt: skip
@@ -658,6 +659,7 @@ def main() -> None:
 
     data = open_dataset(config.dataset)
     model_config = make_config(ModelConfig, {"vocab_size": data.meta["vocab_size"]} | settings)
+    keep_freed_memory()
     encoding = checkpoint["encoding"] if checkpoint else data.meta["encoding"]
     data.check_fits(encoding, model_config.vocab_size, model_config.block_size)
     if config.resume:
