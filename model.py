@@ -332,14 +332,35 @@ class DAGLayer(nn.Module):
         self.w_node = nn.Linear(2 * D, D, bias=False)
         self.w_up = nn.Linear(D, C, bias=False)
 
-    def project(self, node: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """node (S, K, C) → edge_to, edge_from, node_to, node_from, each (S, K, D): every node's part in its edges."""
+    def forward(self, node: Tensor, last: bool) -> Tensor:
+        """node (S, K, C) → W_up Σ_j m_ij, which is to be added to it, (S, K, C); at the last depth its sum, (S, C)."""
+        z, scale = self.down(node)
+        if not torch.is_grad_enabled():
+            return self.exchange(z, scale, last)
+        # Recomputed in the backward pass: what is kept grows with K, not with the K² edges, and is little beside node.
+        return checkpoint(self.exchange, z, scale, last, use_reentrant=False, preserve_rng_state=False)
+
+    def down(self, node: Tensor) -> tuple[Tensor, Tensor]:
+        """node (S, K, C) → z (S, K, D) before normalisation, and the factors (S, K, 1) that normalise it."""
         C = node.shape[-1]
         # Eq. 7: z_i = W_down RMSNorm(n_i). Departure: RMSNorm for the paper's LN, as everywhere in the backbone.
         # The norm divides a node by one number, which may as well be done after the product, where the row is short.
         norm = torch.linalg.vector_norm(node, dim=-1, keepdim=True, dtype=self.norm.weight.dtype)
         scale = (norm.square() / C + NORM_EPS).rsqrt()  # 1 / root mean square
-        z = F.linear(node, self.w_down.weight * self.norm.weight) * scale.to(node.dtype)  # (S, K, D)
+        z = F.linear(node, self.w_down.weight * self.norm.weight)
+        return z, scale.to(z.dtype)
+
+    def exchange(self, z: Tensor, scale: Tensor, last: bool) -> Tensor:
+        """What `forward` returns, from what `down` does."""
+        parts = self.parts(z, scale)
+        messages = torch.zeros_like(z)  # Σ_j m_ij of every node i, one source node j at a time
+        for j in range(z.shape[1]):
+            messages = messages + self.edges_from(j, *parts)[1]
+        return self.w_up(messages.sum(dim=1) if last else messages)  # Eq. 11; at the end Σ_i (Eq. 12) before W_up
+
+    def parts(self, z: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """edge_to, edge_from, node_to, node_from, each (S, K, D): every node's part in the edges that it has."""
+        z = z * scale
         # Eq. 8: W concat(z_i, z_j) = W₁ z_i + W₂ z_j, so four D×D products per node serve all K² edges.
         edge_to, edge_from = (F.linear(z, w) for w in self.w_edge.weight.chunk(2, dim=1))
         node_to, node_from = (F.linear(z, w) for w in self.w_node.weight.chunk(2, dim=1))
@@ -352,25 +373,9 @@ class DAGLayer(nn.Module):
         e = self.gate_function(edge_to + edge_from[:, j : j + 1])  # Eq. 9: a gate for each of D channels
         return e, e * (node_to + node_from[:, j : j + 1])  # Eq. 10
 
-    def sum_over_edges(self, *parts: Tensor) -> Tensor:
-        """parts as from `project` → (S, K, D): Σ_j m_ij, one source node j at a time."""
-        total = torch.zeros_like(parts[0])
-        for j in range(total.shape[1]):
-            _, message = self.edges_from(j, *parts)
-            total = total + message
-        return total
-
-    def messages(self, node: Tensor) -> Tensor:
-        """node (S, K, C) → (S, K, D): Σ_j m_ij, all that node i receives (Eq. 7 to 10)."""
-        parts = self.project(node)
-        if not torch.is_grad_enabled():
-            return self.sum_over_edges(*parts)
-        # Recomputed in the backward pass: what is kept grows with K, not with the K² edges.
-        return checkpoint(self.sum_over_edges, *parts, use_reentrant=False, preserve_rng_state=False)
-
     def record(self, node: Tensor) -> DepthRecord:
         """node (S, K, C) → what the messages to it look like, edge by edge."""
-        parts = self.project(node)
+        parts = self.parts(*self.down(node))
         gates, messages = zip(*(self.edges_from(j, *parts) for j in range(node.shape[1])), strict=True)
         return DepthRecord(
             edge_gate=torch.stack([e.float().mean(dim=-1) for e in gates], dim=-1),
@@ -403,13 +408,12 @@ class DAGAggregator(nn.Module):
         for layer in self.layers:
             if depths is not None:
                 depths.append(layer.record(node))
-            messages = layer.messages(node)  # (S, K, D)
-            if layer is not self.layers[-1]:
-                step = layer.w_up(messages)  # (S, K, C)
+            last = layer is self.layers[-1]
+            step = layer(node, last)  # (S, K, C), at the end (S, C)
+            if not last:
                 node = node + step  # Eq. 11
-                h = h + step.sum(dim=1)
-            else:
-                h = h + layer.w_up(messages.sum(dim=1))  # Eq. 11 and 12 together, Σ_i before W_up
+                step = step.sum(dim=1)
+            h = h + step  # Eq. 12
         return h
 
 

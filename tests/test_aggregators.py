@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bench import kept_bytes
 from model import GPT, DAGAggregator, MoE, WeightedSum
 from tests.reference import assert_same, plain_dag, randomize, results_and_gradients, rms_norm, tiny_config
 
@@ -200,3 +201,21 @@ def test_norms_of_the_record_are_those_of_the_moe():
         {"update": update.view(7, 32).norm(dim=-1), "beyond_sum": beyond_sum.norm(dim=-1)},
         1e-5,
     )
+
+
+# Memory
+
+
+@pytest.mark.parametrize("top_k", [2, 8])
+def test_what_is_kept_for_the_backward_pass_grows_with_k(top_k):
+    """A depth beyond the first keeps at most 1.5 times the bytes of one (S, K, C) tensor, and K² edges nothing."""
+    S, C = 256, 512
+
+    def kept(depth: int) -> int:
+        aggregator = DAGAggregator(tiny_config(n_embd=C, dag_dim=128, dag_depth=depth, top_k=top_k))
+        inputs = random_inputs(tiny_config(n_embd=C, top_k=top_k), S, torch.float32)
+        inputs = {name: x.requires_grad_() for name, x in inputs.items()}
+        return kept_bytes(lambda: aggregator(**inputs))
+
+    one = S * top_k * C * 4
+    assert one < kept(2) - kept(1) <= 1.5 * one and one < kept(3) - kept(2) <= 1.5 * one

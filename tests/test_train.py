@@ -337,7 +337,8 @@ def test_what_is_not_finite_is_named(where):
         with torch.no_grad():
             model.blocks[1].moe.experts.up_proj[3, 2, 1] = math.inf
     if where == "gradient":
-        model.blocks[1].attention.o_proj.weight.register_hook(lambda g: g.fill_(math.nan))
+        for attention in (model.blocks[0].attention, model.blocks[1].attention):
+            attention.o_proj.weight.register_hook(lambda g: g.fill_(math.nan))
     loss = model(tokens, tokens).loss
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
@@ -348,7 +349,7 @@ def test_what_is_not_finite_is_named(where):
         train.check_finite(model, 7, Path("out/x"), loss=value, gradient_norm=norm)
     expected = {
         "loss": "step 7: loss nan, gradient norm 11.",
-        "gradient": "not finite: the gradient of blocks.1.attention.o_proj.weight, and 0 more",
+        "gradient": "not finite: the gradient of blocks.1.attention.o_proj.weight, and 1 more",
         "weight": "not finite: weight blocks.1.moe.experts.up_proj, and 0 more",
     }
     assert expected[where] in str(raised.value)
