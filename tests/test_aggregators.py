@@ -209,7 +209,7 @@ def test_norms_of_the_record_are_those_of_the_moe():
 @pytest.mark.parametrize("top_k", [2, 8])
 def test_what_is_kept_for_the_backward_pass_grows_with_k(top_k):
     """A depth beyond the first keeps at most 1.5 times the bytes of one (S, K, C) tensor, and K² edges nothing."""
-    S, C = 256, 512
+    S, C = 1024, 512
 
     def kept(depth: int) -> int:
         aggregator = DAGAggregator(tiny_config(n_embd=C, dag_dim=128, dag_depth=depth, top_k=top_k))
