@@ -484,22 +484,34 @@ def describe(result: dict) -> str:
     )
 
 
+def load_micro_steps(
+    tokens: np.ndarray, model_config: ModelConfig, config: TrainConfig, step: int, device: torch.device
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Inputs and targets of this rank's micro-steps of a step, on their way to the device."""
+    rank, ranks = this_rank()
+    batches = [get_batch(tokens, model_config, config, step, i) for i in range(rank, config.grad_accum, ranks)]
+    if device.type == "cuda":  # from pinned memory a copy does not wait for what the GPU is doing
+        return [tuple(t.pin_memory().to(device, non_blocking=True) for t in batch) for batch in batches]
+    return [tuple(t.to(device) for t in batch) for batch in batches]
+
+
 def accumulate_gradients(
-    model: GPT, network: nn.Module, tokens: np.ndarray, config: TrainConfig, step: int, cast: AbstractContextManager
+    model: GPT,
+    network: nn.Module,
+    micro_steps: list[tuple[torch.Tensor, torch.Tensor]],
+    config: TrainConfig,
+    cast: AbstractContextManager,
 ) -> torch.Tensor:
-    """Add this step's gradient, averaged over micro-steps and ranks, to the parameters. Returns this rank's mean loss.
+    """Add a step's gradient, averaged over micro-steps and ranks, to the parameters. Returns this rank's mean loss.
 
     `network` computes what `model` does: it is the model itself, compiled, wrapped for several ranks, or both.
     """
-    rank, ranks = this_rank()
-    device = model.embed.weight.device
-    micro_steps = [get_batch(tokens, model.config, config, step, i) for i in range(rank, config.grad_accum, ranks)]
-    micro_steps = [(x.to(device), y.to(device)) for x, y in micro_steps]
+    ranks = this_rank()[1]
     load = None  # slots per layer and expert, of the whole batch, which the balance loss needs from the first part on
     if len(micro_steps) > 1 and config.balance_coef > 0:  # so they are counted beforehand
         with torch.no_grad(), cast:
             load = over_ranks(sum(model.hidden(x)[1].load for x, _ in micro_steps))
-    mean_loss = torch.zeros((), device=device)
+    mean_loss = torch.zeros((), device=model.embed.weight.device)
     for i, (x, y) in enumerate(micro_steps):
         exchange = ranks == 1 or i == len(micro_steps) - 1  # ranks average their gradients once per step
         with nullcontext() if exchange else network.no_sync():
@@ -705,6 +717,10 @@ def main() -> None:
         elif checkpoint:
             print(f"starting from the weights of {path}, step {checkpoint['step']}")
 
+    def load_step(step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return load_micro_steps(data.train, model_config, config, step, device)
+
+    batch = load_step(progress.step)
     stop, stopping = StopRequest(), False
     started = since = time.perf_counter()
     timed_steps = 0  # since the last evaluation ended, which is at the time `since`
@@ -746,7 +762,8 @@ def main() -> None:
 
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config)
-            step_loss = accumulate_gradients(model, network, data.train, config, step, cast)
+            step_loss = accumulate_gradients(model, network, batch, config, cast)
+            batch = load_step(step + 1)  # while a GPU is still busy with this one
             grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
             # Whether to stop is decided by all ranks together, at the same step.
             totals = over_ranks(torch.stack([step_loss, torch.full_like(step_loss, stop.seen)]))

@@ -126,7 +126,8 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(corpus, balance_coef
     for batch_size, grad_accum in ((8, 1), (2, 4)):
         config = TrainConfig(batch_size=batch_size, grad_accum=grad_accum, balance_coef=balance_coef)
         model.zero_grad()
-        loss = train.accumulate_gradients(model, model, tokens, config, 3, train.nullcontext())
+        batch = train.load_micro_steps(tokens, model.config, config, 3, torch.device("cpu"))
+        loss = train.accumulate_gradients(model, model, batch, config, train.nullcontext())
         results.append([loss, *(p.grad.clone() for p in model.parameters())])
     for whole, parts in zip(*results, strict=True):
         assert (whole - parts).abs().max() <= 1e-5 * max(1.0, whole.abs().max().item())
@@ -138,7 +139,8 @@ def test_what_is_minimised(corpus):
     model = GPT(ModelConfig(block_size=16, n_layer=1))
     tokens = prepare.load_tokens("tiny", "train")
     config = TrainConfig(batch_size=4, balance_coef=0.5, z_coef=0.25)
-    loss = train.accumulate_gradients(model, model, tokens, config, 0, train.nullcontext())
+    batch = train.load_micro_steps(tokens, model.config, config, 0, torch.device("cpu"))
+    loss = train.accumulate_gradients(model, model, batch, config, train.nullcontext())
     got = [p.grad.clone() for p in model.parameters()]
     out = model(*train.get_batch(tokens, model.config, config, 0, 0))
     balance = balance_loss(out.router.load, out.router.prob)
@@ -167,6 +169,14 @@ def test_learning_rate():
     assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
     assert rates[8] == pytest.approx(0.6) and rates[12] == pytest.approx(0.2)
     assert train.learning_rate(0, TrainConfig(warmup_steps=0, learning_rate=0.5)) == 0.5
+
+
+def test_gradients_are_clipped(corpus, call):
+    """After one step AdamW's first moment is a tenth of the clipped gradient; what is logged is the norm before."""
+    assert call(train, *TINY_RUN, "--max_steps=1", "--grad_clip=0.01")[0] == 0
+    moments = [state["exp_avg"] for state in load("out/tiny/ckpt.pt")["optimizer"]["state"].values()]
+    norm = torch.stack([m.norm() for m in moments]).norm().item()
+    assert norm / 0.1 == pytest.approx(0.01, rel=1e-3) and float(read_log()[-1]["grad_norm"]) > 0.1
 
 
 # A run
@@ -213,7 +223,7 @@ def test_resuming_is_exact(corpus, call, monkeypatch, stop_at, batch):
     get_batch = train.get_batch
 
     def interrupted(*arguments):
-        if arguments[3] == stop_at - 1:
+        if arguments[3] == stop_at:  # is loaded while the step before it is computed
             stops[-1].notice(signal.SIGINT, None)
         return get_batch(*arguments)
 
