@@ -283,7 +283,8 @@ def bench_cost(arguments: list[str], repeats: int) -> None:
     print_costs({name: make_row(changes) for name, changes in variants.items()}, x.numel(), device, dtype, repeats)
 
 
-LAYER = ("--n_embd=512", "--n_head=8", "--n_expert=16", "--top_k=4", "--expert_dim=512", "--n_layer=1")
+LAYER = ("--n_embd=512", "--n_head=8", "--n_expert=16", "--top_k=4", "--expert_dim=512")
+GRAPHS = ((1, 64), (2, 128))  # depth and width
 
 
 def layer_row(config: ModelConfig, tokens: int, device: torch.device, dtype: torch.dtype, compiled: bool) -> Row:
@@ -309,7 +310,8 @@ def layer_row(config: ModelConfig, tokens: int, device: torch.device, dtype: tor
 def bench_layer(arguments: list[str], tokens: int, repeats: int, growth: bool) -> None:
     """Print what one feed-forward layer costs with each aggregator; with `growth` how the cost grows."""
     settings = train.read_settings([*LAYER, *arguments])
-    config, base = train.make_config(train.TrainConfig, settings), train.make_config(ModelConfig, settings)
+    config = train.make_config(train.TrainConfig, settings)
+    base = train.make_config(ModelConfig, settings | {"n_layer": 1})
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
 
@@ -318,7 +320,7 @@ def bench_layer(arguments: list[str], tokens: int, repeats: int, growth: bool) -
         return {name: layer_row(c, tokens, device, dtype, config.compile) for name, c in configs.items()}
 
     plain = {"dense": {"aggregator": "dense"}, "sum": {"aggregator": "sum"}}
-    graphs = {f"dag L={depth} D={dim}": dict(aggregator="dag", dag_depth=depth, dag_dim=dim) for depth, dim in SIZES}
+    graphs = {f"dag L={depth} D={dim}": dict(aggregator="dag", dag_depth=depth, dag_dim=dim) for depth, dim in GRAPHS}
     if not growth:
         return print_costs(rows(tokens, plain | graphs), tokens, device, dtype, repeats)
     dag = next(iter(graphs.values()))
@@ -330,9 +332,6 @@ def bench_layer(arguments: list[str], tokens: int, repeats: int, growth: bool) -
         print_costs(rows(tokens, {"sum": plain["sum"]} | variants), tokens, device, dtype, repeats)
     depths = {f"L={depth}": dag | {"dag_depth": depth} for depth in (1, 2, 3, 4)}
     print_costs(rows(tokens, {"sum": plain["sum"]} | depths), tokens, device, dtype, repeats)
-
-
-SIZES = ((1, 64), (2, 128))  # depth and width of the graphs that `layer` measures
 
 
 @torch.no_grad()

@@ -654,6 +654,17 @@ def test_killed_and_resumed(workdir):
     kill_train(rounds=3, folder=workdir, seed=1)
 
 
+def test_each_rank_loads_its_own_micro_steps(corpus, monkeypatch):
+    """Rank 1 of 2 has the second and the fourth of four micro-steps, and no other."""
+    config, model_config = TrainConfig(batch_size=2, grad_accum=4), ModelConfig(block_size=16)
+    tokens = prepare.load_tokens("tiny", "train")
+    monkeypatch.setattr(train, "this_rank", lambda: (1, 2))
+    ours = train.load_micro_steps(tokens, model_config, config, 5, torch.device("cpu"))
+    expected = [train.get_batch(tokens, model_config, config, 5, i) for i in (1, 3)]
+    ours, expected = (torch.stack([torch.stack(batch) for batch in batches]) for batches in (ours, expected))
+    assert torch.equal(ours, expected)
+
+
 def test_uneven_split_is_refused(corpus, call, refused, monkeypatch):
     """Three micro-steps can't be shared out over two ranks."""
     monkeypatch.setattr(train, "this_rank", lambda: (0, 2))
