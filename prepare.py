@@ -49,6 +49,7 @@ import tiktoken
 from tqdm import tqdm
 
 DATA = Path("data")  # under the folder in which the command is run
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # of a dataset
 SPLITS = ("train", "val")
 END_OF_TEXT = "<|endoftext|>"  # written between documents; inside a document these characters are ordinary text
 PIECE = 1 << 16  # characters; of longer documents one piece of about this size after the other is read and encoded
@@ -786,7 +787,7 @@ def prepare(
             raise UserError(
                 f"{what[0]} would be prepared under the name of a known dataset; choose another with --name"
             )
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+    if not NAME.fullmatch(name):
         raise UserError(f"{name!r} can't be the name of a dataset (letters, digits, _ . -); choose one with --name")
     if encoding is None:
         encoding = "bytes" if what == ["stdlib"] else "gpt2"
@@ -836,6 +837,8 @@ def print_table(meta: dict) -> None:
 
 def load_meta(name: str) -> dict:
     """Contents of data/NAME/meta.json. Raises UserError where the dataset is missing or damaged."""
+    if not NAME.fullmatch(name):
+        raise UserError(f"{name!r} can't be the name of a dataset (letters, digits, _ . -)")
     path = DATA / name / "meta.json"
     how = f"python prepare.py {name}" if name in KNOWN else f"python prepare.py FILE_OR_FOLDER --name {name}"
     if not path.exists():

@@ -206,7 +206,7 @@ def continue_texts(
     yield [text.end() for text in texts]
 
 
-def print_texts(texts: list[Text], pieces: Iterator[list[str]], limit: int) -> None:
+def print_texts(texts: list[Text], pieces: Iterator[list[str]], limit: int, source: str) -> None:
     """Print a single text while it is written; several one after the other, when all are finished."""
     alone = len(texts) == 1
     if alone:
@@ -227,7 +227,8 @@ def print_texts(texts: list[Text], pieces: Iterator[list[str]], limit: int) -> N
     sys.stdout.flush()
     tokens = sum(len(text.tokens) - text.n_prompt for text in texts)
     if tokens:
-        print(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s", file=sys.stderr)
+        speed = f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s"
+        print(f"{speed}, from {source}", file=sys.stderr)
 
 
 # The graph of one text
@@ -458,8 +459,12 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError("--stop must not be empty")
     if graph and (args.num_samples > 1 or len(args.prompt or []) > 1):
         raise UserError("--dag and --dag-text show one text: give one --prompt, and no --num-samples")
-    if args.dag_stats and (graph or args.prompt or args.prompt_file):
-        raise UserError("--dag-stats reads a dataset: it goes without --prompt, --prompt-file, --dag and --dag-text")
+    if args.dag_stats is not None:
+        given = {argument.split("=")[0] for argument in sys.argv[1:] if argument.startswith("--")}
+        if given - {"--dag-stats", "--device"}:
+            raise UserError("--dag-stats reads a dataset: it goes with --device only")
+    if args.dag is not None and (args.dag.is_dir() or not args.dag.parent.is_dir()):
+        raise UserError(f"--dag must name a file in a folder that exists, got {str(args.dag)!r}")
     return args
 
 
@@ -468,12 +473,16 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     if args.prompt_file:
         return [read_text(args.prompt_file)]
     prompts = []
+    if (args.prompt or []).count("-") > 1:
+        raise UserError("--prompt - can be given once only: there is one standard input")
     for prompt in args.prompt or [""]:
         if prompt == "-":
             try:
                 prompt = sys.stdin.buffer.read().decode()
             except UnicodeDecodeError as error:
                 raise UserError(f"standard input is not UTF-8 text: byte {error.start} is in the way") from error
+            if not prompt:
+                raise UserError("standard input is empty; leave --prompt out for a new document")
         prompts.append(prompt)
     return prompts
 
@@ -488,7 +497,7 @@ def main() -> None:
     if args.dag is not None or args.dag_text is not None:
         check_graph(model)  # before anything is written
 
-    if args.dag_stats:
+    if args.dag_stats is not None:
         check_graph(model)
         data = open_dataset(args.dag_stats)
         data.check_fits(checkpoint["encoding"], model.config.vocab_size, model.config.block_size)
@@ -502,7 +511,8 @@ def main() -> None:
     generator = torch.Generator(device).manual_seed(args.seed)
     choice = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, generator=generator)
     with cast:
-        print_texts(texts, continue_texts(model, texts, args.max_new_tokens, **choice), args.max_new_tokens)
+        pieces = continue_texts(model, texts, args.max_new_tokens, **choice)
+        print_texts(texts, pieces, args.max_new_tokens, f"{path} (step {checkpoint['step']})")
         if args.dag is not None or args.dag_text is not None:
             graph = describe_graph(model, texts[0])
     if args.dag_text is not None:

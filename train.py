@@ -168,9 +168,10 @@ def read_settings(argv: list[str]) -> dict:
         return settings | {"out_dir": settings.get("out_dir") or "out/default"}
     try:
         file = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         there = ", ".join(str(p) for p in sorted(Path("configs").rglob("*.toml"))) or "none"
-        raise UserError(f"config {path} does not exist; there are: {there}") from None
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"config {path} {what}; there are: {there}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from error
     for key in file:
@@ -361,7 +362,10 @@ def check_resume(
     if not refused and checkpoint["data"] != data.fingerprint:
         raise UserError(f"can't resume {path}: dataset {data.name!r} was prepared anew since, with another result")
     if refused:
-        raise UserError(f"can't resume {path} with another {', '.join(refused)}; start anew with another --out_dir")
+        raise UserError(
+            f"can't resume {path} with another {', '.join(refused)}; start anew with another --out_dir, or leave these "
+            "settings out, and the config file that has them, to take the checkpoint's"
+        )
     if checkpoint["step"] > config.max_steps:
         raise UserError(f"{path} is at step {checkpoint['step']} already, beyond max_steps {config.max_steps}")
     return [text for key, text in changed.items() if key != "resume"]
@@ -382,7 +386,10 @@ def check_init(path: Path, checkpoint: dict, model_config: ModelConfig) -> None:
         if old.get(key) != new and key not in may_change
     ]
     if changed:
-        raise UserError(f"can't start from {path} with another {', '.join(changed)}: leave the setting out")
+        raise UserError(
+            f"can't start from {path} with another {', '.join(changed)}: leave the setting out, or the config "
+            "file that has it, to take the checkpoint's"
+        )
 
 
 def load_weights(path: Path, checkpoint: dict, model: GPT, optimizer: torch.optim.Optimizer | None) -> None:
@@ -628,10 +635,13 @@ def command_to_go_on(config: TrainConfig) -> str:
 
 def evaluate_only(config: TrainConfig) -> None:
     """Print a line of losses for each dataset in config.eval_only."""
-    names = config.eval_only.split(",")
+    names = [name.strip() for name in config.eval_only.split(",")]
     prepare_known(names)
     device = choose_device(join_ranks(config.device))
-    model, checkpoint = load_model(checkpoint_path(Path(config.init_from or config.out_dir)), device)
+    path = checkpoint_path(Path(config.init_from or config.out_dir))
+    model, checkpoint = load_model(path, device)
+    if this_rank()[0] == 0:
+        print(f"{path}, step {checkpoint['step']}")
     datasets = [open_dataset(name) for name in names]
     for data in datasets:
         data.check_fits(checkpoint["encoding"], model.config.vocab_size, model.config.block_size)
@@ -713,7 +723,10 @@ def main() -> None:
     if main_rank:
         print_plan(model, data, config)
         if config.resume:
-            print(f"going on after step {progress.step}" + (f"; changed: {', '.join(changed)}" if changed else ""))
+            print(
+                f"going on after step {progress.step} of {config.max_steps}"
+                + (f"; changed: {', '.join(changed)}" if changed else "")
+            )
         elif checkpoint:
             print(f"starting from the weights of {path}, step {checkpoint['step']}")
 
@@ -782,6 +795,7 @@ def main() -> None:
     if main_rank and stopping:
         save()
         print(f"stopped after step {progress.step} and saved; go on with: {command_to_go_on(config)}")
+        print(f"the text it writes so far: python sample.py {shlex.quote(str(out_dir / 'ckpt.pt'))}")
     elif main_rank:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # all is saved: Ctrl-C may end the samples
         lowest = min(row["val_loss"] for row in progress.log)

@@ -268,10 +268,14 @@ def test_what_has_no_graph_and_what_can_not_be_shown(save, refused):
     path = save(make_model())
     refused("show one text: give one --prompt", sample, path, "--prompt=a", "--prompt=b", "--dag=g.html")
     refused("show one text", sample, path, "--prompt=a", "--num-samples=2", "--dag-text")
-    refused("--dag-stats reads a dataset: it goes without --prompt", sample, path, "--prompt=a", "--dag-stats=code")
     refused(
         "must lie between -3 and 2: there are 3", sample, path, "--prompt=abc", "--max-new-tokens=0", "--dag-text=3"
     )
     refused("dataset 'code' is not prepared", sample, path, "--dag-stats=code")
-    refused("nowhere", sample, path, "--prompt=abc", "--max-new-tokens=0", "--dag=nowhere/g.html")
+    for name in ("nowhere/g.html", ".", ""):
+        message = "--dag must name a file in a folder that exists, got"
+        refused(message, sample, path, "--prompt=abc", "--max-new-tokens=0", f"--dag={name}")
+    for more in ("--prompt=a", "--num-samples=2", "--stop=x", "--temperature=0.8"):
+        refused("--dag-stats reads a dataset: it goes with --device only", sample, path, more, "--dag-stats=code")
+    refused("'' can't be the name of a dataset", sample, path, "--dag-stats=")
     assert not Path("g.html").exists()

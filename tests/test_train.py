@@ -279,7 +279,7 @@ def test_what_resuming_takes_and_what_it_refuses(corpus, call, refused):
     harmless = ("--max_steps=9", "--batch_size=2", "--grad_accum=2", "--eval_interval=4", "--dtype=float32")
     status, out, error = call(train, *again, *harmless)
     assert status == 0, error
-    assert "going on after step 6; changed: max_steps (was 6, now 9), batch_size (was 4, now 2), " in out
+    assert "going on after step 6 of 9; changed: max_steps (was 6, now 9), batch_size (was 4, now 2), " in out
     assert "grad_accum (was 1, now 2), eval_interval (was 3, now 4), dtype (was 'auto', now 'float32')" in out
     assert [int(row["step"]) for row in read_log()] == [0, 3, 6, 8, 9]
     assert load("out/tiny/ckpt.pt")["model_config"]["n_embd"] == 16, "settings not given are the checkpoint's"
@@ -308,6 +308,7 @@ def test_ctrl_c_and_sigterm_are_noticed():
     assert result.stdout == "noticed\n" and result.returncode == -signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_sigterm_to_a_running_training(corpus, call, workdir):
     """A real process gets a real SIGTERM: it finishes the step, saves, says how to go on, and the rest is the same."""
     run = (*TINY_RUN, "--max_steps=300", "--eval_interval=20")
@@ -322,7 +323,8 @@ def test_sigterm_to_a_running_training(corpus, call, workdir):
     out, error = process.communicate(timeout=60)
     step = load("out/stopped/ckpt.pt")["step"]
     assert process.returncode == 0 and 20 <= step < 300, error
-    assert f"stopped after step {step} and saved; go on with: python " in out and out.strip().endswith("--resume")
+    assert f"stopped after step {step} and saved; go on with: python " in out and "--resume\n" in out
+    assert "python sample.py out/stopped/ckpt.pt" in out
     assert "finishing this step, then saving (once more: stop at once)" in error
     assert call(train, *run, "--out_dir=out/stopped", "--resume")[0] == 0
     assert_equal_runs(load("out/tiny/ckpt.pt"), load("out/stopped/ckpt.pt"))
@@ -717,6 +719,7 @@ def test_bad_settings_are_refused(corpus, refused, workdir):
     refused("broken.toml is not valid TOML", train, "broken.toml")
     refused("unknown setting model", train, "nested.toml")
     refused("config none.toml does not exist", train, "none.toml")
+    refused("config text is a folder", train, "text")
     refused("argument --n_layer: invalid int value: 'two'", train, *TINY_RUN, "--n_layer=two")
     refused("argument --compile: must be true or false, got 'maybe'", train, *TINY_RUN, "--compile=maybe")
     refused("top_k (9) must not exceed n_expert (4)", train, *TINY_RUN, "--top_k=9")
@@ -735,6 +738,8 @@ def test_bad_settings_are_refused(corpus, refused, workdir):
 def test_bad_data_is_refused(corpus, refused, workdir):
     """Missing, truncated, too short, and with ids beyond the vocabulary."""
     refused("run: python prepare.py FILE_OR_FOLDER --name nothing", train, *TINY_RUN, "--dataset=nothing")
+    refused("'../data/tiny' can't be the name of a dataset", train, *TINY_RUN, "--dataset=../data/tiny")
+    refused("'' can't be the name of a dataset", train, *TINY_RUN, "--dataset=")
     refused("too few for block_size 5000", train, *TINY_RUN, "--block_size=5000")
     refused("dataset 'tiny' has 257 token ids, more than vocab_size 100", train, *TINY_RUN, "--vocab_size=100")
     path = prepare.DATA / "tiny/train.bin"
