@@ -332,14 +332,6 @@ class DAGLayer(nn.Module):
         self.w_node = nn.Linear(2 * D, D, bias=False)
         self.w_up = nn.Linear(D, C, bias=False)
 
-    def forward(self, node: Tensor, last: bool) -> Tensor:
-        """node (S, K, C) → W_up Σ_j m_ij, which is to be added to it, (S, K, C); at the last depth its sum, (S, C)."""
-        z, scale = self.down(node)
-        if not torch.is_grad_enabled():
-            return self.exchange(z, scale, last)
-        # Recomputed in the backward pass: what is kept grows with K, not with the K² edges, and is little beside node.
-        return checkpoint(self.exchange, z, scale, last, use_reentrant=False, preserve_rng_state=False)
-
     def down(self, node: Tensor) -> tuple[Tensor, Tensor]:
         """node (S, K, C) → z (S, K, D) before normalisation, and the factors (S, K, 1) that normalise it."""
         C = node.shape[-1]
@@ -349,14 +341,6 @@ class DAGLayer(nn.Module):
         scale = (norm.square() / C + NORM_EPS).rsqrt()  # 1 / root mean square
         z = F.linear(node, self.w_down.weight * self.norm.weight)
         return z, scale.to(z.dtype)
-
-    def exchange(self, z: Tensor, scale: Tensor, last: bool) -> Tensor:
-        """What `forward` returns, from what `down` does."""
-        parts = self.parts(z, scale)
-        messages = torch.zeros_like(z)  # Σ_j m_ij of every node i, one source node j at a time
-        for j in range(z.shape[1]):
-            messages = messages + self.edges_from(j, *parts)[1]
-        return self.w_up(messages.sum(dim=1) if last else messages)  # Eq. 11; at the end Σ_i (Eq. 12) before W_up
 
     def parts(self, z: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """edge_to, edge_from, node_to, node_from, each (S, K, D): every node's part in the edges that it has."""
@@ -372,6 +356,22 @@ class DAGLayer(nn.Module):
         """The edges from node j to all nodes i: e_ij and m_ij, each (S, K, D)."""
         e = self.gate_function(edge_to + edge_from[:, j : j + 1])  # Eq. 9: a gate for each of D channels
         return e, e * (node_to + node_from[:, j : j + 1])  # Eq. 10
+
+    def exchange(self, z: Tensor, scale: Tensor, last: bool) -> Tensor:
+        """From what `down` returns to what `forward` returns: all edges, their sum at each node, and W_up."""
+        parts = self.parts(z, scale)
+        messages = torch.zeros_like(z)  # Σ_j m_ij of every node i, one source node j at a time
+        for j in range(z.shape[1]):
+            messages = messages + self.edges_from(j, *parts)[1]
+        return self.w_up(messages.sum(dim=1) if last else messages)  # Eq. 11; at the end Σ_i (Eq. 12) before W_up
+
+    def forward(self, node: Tensor, last: bool) -> Tensor:
+        """node (S, K, C) → W_up Σ_j m_ij, which is to be added to it, (S, K, C); at the last depth its sum, (S, C)."""
+        z, scale = self.down(node)
+        if not torch.is_grad_enabled():
+            return self.exchange(z, scale, last)
+        # Recomputed in the backward pass: what is kept grows with K, not with the K² edges, and is little beside node.
+        return checkpoint(self.exchange, z, scale, last, use_reentrant=False, preserve_rng_state=False)
 
     def record(self, node: Tensor) -> DepthRecord:
         """node (S, K, C) → what the messages to it look like, edge by edge."""
