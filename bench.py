@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import prepare
 import train
-from model import GPT, ModelConfig, balance_loss, window_start
+from model import GPT, ModelConfig, window_start
 from prepare import Parser, Reader, Source, UserError, get_encoding, local_source, run, stdlib_source
 from sample import autocast, checkpoint_path, choose_device, choose_dtype, keep_freed_memory, load_model
 
@@ -128,17 +128,16 @@ def bench_loop(arguments: list[str], steps: int, repeats: int) -> None:
         model = GPT(model_config).to(device)
         optimizer = train.make_optimizer(model, config)
         x, y = (t.to(device) for t in train.get_batch(data.train, model_config, config, 0, 0))
-        start = time.perf_counter()
-        for _ in range(steps):
-            with cast:
-                out = model(x, y)
-            balance = balance_loss(out.router.load, out.router.prob)
-            (out.loss + config.balance_coef * balance + config.z_coef * out.router.z.mean()).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return steps * x.numel() / (time.perf_counter() - start)
+
+        def compute() -> None:
+            for _ in range(steps):
+                with cast:
+                    out = model(x, y)
+                train.objective(out, out.router.load, config).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+        return steps * x.numel() / seconds_of(compute, device)
 
     speeds = {"train.py": [], "bare loop": []}
     with tempfile.TemporaryDirectory() as folder, tqdm(total=repeats + 1, unit="pair") as progress:
@@ -268,8 +267,7 @@ def bench_cost(arguments: list[str], repeats: int) -> None:
         def forward() -> torch.Tensor:
             with cast:
                 out = network(x, y)
-            balance = balance_loss(out.router.load, out.router.prob)
-            return out.loss + config.balance_coef * balance + config.z_coef * out.router.z.mean()
+            return train.objective(out, out.router.load, config)
 
         def step() -> None:
             forward().backward()
@@ -356,11 +354,7 @@ def bench_sample(path: Path, new_tokens: int, repeats: int, device_name: str) ->
     with autocast(device, choose_dtype("auto", device)), tqdm(total=repeats + 1, unit="round") as progress:
         for _ in range(repeats + 1):
             for name, (batch, function) in ways.items():
-                begun = time.perf_counter()
-                function()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                speeds[name].append(batch * new_tokens / (time.perf_counter() - begun))
+                speeds[name].append(batch * new_tokens / seconds_of(function, device))
             progress.update()
     speeds = {name: values[1:] for name, values in speeds.items()}  # the first round warms up
     print(f"{new_tokens} new tokens, block_size {model.config.block_size}, {device.type}")

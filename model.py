@@ -297,6 +297,11 @@ class DepthRecord(NamedTuple):
     update: Tensor  # (S, K) ‖W_up Σ_j m_ij‖, what node i is changed by
     node: Tensor  # (S, K) ‖n_i‖ before the change
 
+    @property
+    def relative_update(self) -> Tensor:
+        """(S, K) ‖W_up Σ_j m_ij‖ / ‖n_i‖."""
+        return self.update / self.node.clamp_min(1e-30)
+
 
 class LayerRecord(NamedTuple):
     """What the MoE of one layer did with S tokens. GPT.forward collects these where it is given a list for them."""
@@ -306,6 +311,11 @@ class LayerRecord(NamedTuple):
     depths: list[DepthRecord]  # one per depth of the graph; empty for an aggregator without a graph
     update: Tensor  # (S) ‖h' - h‖, all that the layer adds to the residual stream
     beyond_sum: Tensor  # (S) ‖h' - h - Σ_i g_i E_i(x)‖, what it adds beyond the weighted sum
+
+    @property
+    def share_beyond_sum(self) -> Tensor:
+        """(S) ‖h' - h - Σ_i g_i E_i(x)‖ / ‖h' - h‖."""
+        return self.beyond_sum / self.update.clamp_min(1e-30)
 
 
 class WeightedSum(nn.Module):
@@ -554,11 +564,11 @@ class GPT(nn.Module):
             attention, moe = block.attention, block.moe
             std |= dict.fromkeys((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight), INIT_STD)
             if isinstance(moe, Dense):
-                std |= dict.fromkeys((moe.gate_proj.weight, moe.up_proj.weight), INIT_STD)
-                std |= dict.fromkeys((attention.o_proj.weight, moe.down_proj.weight), into_residual)
+                inner, down = (moe.gate_proj.weight, moe.up_proj.weight), moe.down_proj.weight
             else:
-                std |= dict.fromkeys((moe.router.weight, moe.experts.gate_proj, moe.experts.up_proj), INIT_STD)
-                std |= dict.fromkeys((attention.o_proj.weight, moe.experts.down_proj), into_residual)
+                inner, down = (moe.router.weight, moe.experts.gate_proj, moe.experts.up_proj), moe.experts.down_proj
+            std |= dict.fromkeys(inner, INIT_STD)
+            std |= dict.fromkeys((attention.o_proj.weight, down), into_residual)
         for layer in (module for module in self.modules() if isinstance(module, DAGLayer)):
             std |= dict.fromkeys((layer.w_down.weight, layer.w_edge.weight, layer.w_node.weight), INIT_STD)
             std[layer.w_up.weight] = 0.0

@@ -274,7 +274,7 @@ def describe_graph(model: GPT, text: Text) -> dict:
             {
                 "expert": layer.expert.tolist(),
                 "weight": rounded(layer.gate),
-                "beyond": [round(x, 3) for x in (layer.beyond_sum / layer.update.clamp_min(1e-30)).tolist()],
+                "beyond": [round(x, 3) for x in layer.share_beyond_sum.tolist()],
                 "depths": [  # K·K numbers a token: row i, column j is the edge from node j to node i
                     {"gate": rounded(depth.edge_gate), "share": rounded(shares(depth.message))}
                     for depth in layer.depths
@@ -352,8 +352,8 @@ def graph_statistics(model: GPT, tokens: np.ndarray) -> list[list[GraphStatistic
                     depth.edge_gate.diagonal(dim1=1, dim2=2),
                     share.diagonal(dim1=1, dim2=2),
                     torch.where(concentration > 0, 1 / concentration, 0.0),
-                    depth.update / depth.node,
-                    layer.beyond_sum / layer.update,
+                    depth.relative_update,
+                    layer.share_beyond_sum,
                 )
                 means[i, d] += weight * torch.stack([value.mean() for value in values])
                 strength[i, d].index_add_(0, pair, depth.message.flatten())
@@ -494,11 +494,11 @@ def main() -> None:
     path = checkpoint_path(args.path)
     model, checkpoint = load_model(path, device)
     encoding = get_encoding(checkpoint["encoding"])
-    if args.dag is not None or args.dag_text is not None:
+    graph_wanted = args.dag is not None or args.dag_text is not None
+    if graph_wanted or args.dag_stats is not None:
         check_graph(model)  # before anything is written
 
     if args.dag_stats is not None:
-        check_graph(model)
         data = open_dataset(args.dag_stats)
         data.check_fits(checkpoint["encoding"], model.config.vocab_size, model.config.block_size)
         with cast:
@@ -513,7 +513,7 @@ def main() -> None:
     with cast:
         pieces = continue_texts(model, texts, args.max_new_tokens, **choice)
         print_texts(texts, pieces, args.max_new_tokens, f"{path} (step {checkpoint['step']})")
-        if args.dag is not None or args.dag_text is not None:
+        if graph_wanted:
             graph = describe_graph(model, texts[0])
     if args.dag_text is not None:
         print_graph(graph, args.dag_text)

@@ -39,7 +39,7 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from model import GPT, VERSION, LayerRecord, ModelConfig, balance_loss, check_types
+from model import GPT, VERSION, LayerRecord, ModelConfig, Output, balance_loss, check_types
 from prepare import (
     DATA,
     KNOWN,
@@ -480,7 +480,7 @@ def graph_means(records: list[LayerRecord]) -> Iterator[torch.Tensor]:
     """Per depth of the graph, over layers, tokens and nodes: the mean gate, and the mean of ‖W_up Σ_j m_ij‖ / ‖n_i‖."""
     for depths in zip(*(record.depths for record in records), strict=True):
         yield torch.stack([depth.edge_gate.mean() for depth in depths]).mean()
-        yield torch.stack([(depth.update / depth.node.clamp_min(1e-30)).mean() for depth in depths]).mean()
+        yield torch.stack([depth.relative_update.mean() for depth in depths]).mean()
 
 
 def describe(result: dict) -> str:
@@ -500,6 +500,12 @@ def load_micro_steps(
     if device.type == "cuda":  # from pinned memory a copy does not wait for what the GPU is doing
         return [tuple(t.pin_memory().to(device, non_blocking=True) for t in batch) for batch in batches]
     return [tuple(t.to(device) for t in batch) for batch in batches]
+
+
+def objective(out: Output, load: torch.Tensor, config: TrainConfig) -> torch.Tensor:
+    """What is minimised: cross-entropy, and the auxiliary losses with their weights. `load` is the whole batch's."""
+    balance = balance_loss(load, out.router.prob)
+    return out.loss + config.balance_coef * balance + config.z_coef * out.router.z.mean()
 
 
 def accumulate_gradients(
@@ -524,8 +530,7 @@ def accumulate_gradients(
         with nullcontext() if exchange else network.no_sync():
             with cast:
                 out = network(x, y)
-            balance = balance_loss(over_ranks(out.router.load) if load is None else load, out.router.prob)
-            loss = out.loss + config.balance_coef * balance + config.z_coef * out.router.z.mean()
+            loss = objective(out, over_ranks(out.router.load) if load is None else load, config)
             (loss / len(micro_steps)).backward()
         mean_loss += out.loss.detach() / len(micro_steps)
     return mean_loss
