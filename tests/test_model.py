@@ -88,6 +88,7 @@ def test_router_equals_a_loop(norm_topk):
     assert stats.load.tolist() == load
     assert stats.z.item() == pytest.approx(z, abs=1e-10)
     assert stats.max_logit.item() == pytest.approx(max_logit, abs=1e-12) and not stats.max_logit.requires_grad
+    assert router(-x)[2].max_logit.item() == pytest.approx(max_logit, abs=1e-12), "by absolute value"
     balance = 8 * sum(load[e] / 27 * mean_prob[e].item() for e in range(8))
     assert balance_of(stats).item() == pytest.approx(balance, abs=1e-10)
 
