@@ -1,4 +1,4 @@
-"""Measure, side by side in one run.
+"""Measure, side by side: first the cost, then, at the end of the file, what it buys.
 
 python bench.py cost                  # the quick start's training step with each aggregator; or another CONFIG's
 python bench.py layer                 # one feed-forward layer with each aggregator; --growth: how that grows
@@ -7,6 +7,9 @@ python bench.py prepare novels/       # the same on other text
 python bench.py memory                # peak memory of prepare.py on a small and on a large corpus
 python bench.py loop                  # train.py's loop against a bare one: forward, backward, step
 python bench.py sample out/NAME       # sampling with the key/value cache against without, one text and 16
+
+python bench.py sweep configs/ablation --seeds 5   # train every arm with every seed; started again, it goes on
+python bench.py quality out/ablation               # one table: loss, difference to sum, cost
 """
 
 import argparse
@@ -28,6 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -370,6 +374,332 @@ def compare(what: str, ours: list[float], theirs: list[float]) -> str:
     return f"{what}: {statistics.median(ratios):.2f} x ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
+# Evidence: the same training with one difference, for several seeds
+
+
+def arm_files(folder: Path, wanted: list[str]) -> dict[str, Path]:
+    """Config files of the arms, by name: those wanted, or all but base.toml. Raises UserError."""
+    files = {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    if "base" not in files:
+        raise UserError(f"{folder / 'base.toml'} does not exist: a sweep needs it, and a file per arm beside it")
+    del files["base"]
+    for name in wanted:
+        if name not in files:
+            raise UserError(f"{folder} has no arm {name!r}; there are: {', '.join(files)}")
+    return {name: files[name] for name in wanted} if wanted else files
+
+
+def is_finished(out_dir: Path, arguments: list[str]) -> bool:
+    """Whether the run in out_dir has done all its steps. Raises UserError if it was another one than wanted."""
+    if not (out_dir / "ckpt.pt").exists():
+        return False
+    settings = train.read_settings([*arguments, f"--out_dir={out_dir}"])
+    config, data = train.make_config(train.TrainConfig, settings), train.open_dataset(settings["dataset"])
+    checkpoint = train.load_to_resume(out_dir)
+    model_config = train.make_config(ModelConfig, {"vocab_size": data.meta["vocab_size"]} | settings)
+    train.check_resume(out_dir / "ckpt.pt", checkpoint, config, model_config, data)
+    return checkpoint["step"] == config.max_steps
+
+
+def steps_done(out_dir: Path) -> int:
+    """The step of the last evaluation of a run, 0 if there was none."""
+    path = out_dir / "log.csv"
+    return int(read_rows(path)[-1]["step"]) if path.exists() else 0
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def bench_sweep(folder: Path, arms: list[str], seeds: int, jobs: int, out: Path, settings: list[str]) -> None:
+    """Run train.py for every arm and seed, `jobs` at a time; skip what is finished, go on with what was stopped.
+
+    `settings` are added to every command line, after {arm} and {seed} in them are filled in. What a run prints is in
+    its folder's train.log. Raises UserError, when all others are done, if runs failed.
+    """
+    files = arm_files(folder, arms)
+    for setting in settings:
+        if setting.split("=")[0] in ("--seed", "--out_dir", "--resume", "--eval_only"):
+            raise UserError(f"{setting}: the sweep sets that itself; see --seeds and --out")
+    commands, steps = {}, {}
+    for seed in range(1, seeds + 1):  # seed by seed, so that an unfinished sweep can be compared, too
+        for arm, path in files.items():
+            filled = [setting.replace("{arm}", arm).replace("{seed}", str(seed)) for setting in settings]
+            arguments = [str(folder / "base.toml"), str(path), f"--seed={seed}", *filled]
+            config = train.make_config(train.TrainConfig, train.read_settings(arguments))
+            train.prepare_known([config.dataset])
+            out_dir = out / f"{arm}-{seed}"
+            if not is_finished(out_dir, arguments):
+                commands[out_dir], steps[out_dir] = arguments, config.max_steps
+    print(f"{len(files) * seeds} runs, {len(files) * seeds - len(commands)} of them finished already, {jobs} at a time")
+
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    stop, running, failed, waiting = train.StopRequest(), {}, [], list(commands)
+    bar = tqdm(
+        total=sum(steps.values()),
+        initial=sum(map(steps_done, commands)),
+        unit="step",
+        mininterval=0.5 if sys.stderr.isatty() else 60,
+    )
+    with bar as progress:
+        while running or (waiting and not stop.seen):
+            while waiting and len(running) < jobs and not stop.seen:
+                out_dir = waiting.pop(0)
+                out_dir.mkdir(parents=True, exist_ok=True)
+                resume = ["--resume"] if (out_dir / "ckpt.pt").exists() else []
+                command = [sys.executable, train.__file__, *commands[out_dir], f"--out_dir={out_dir}", *resume]
+                with open(out_dir / "train.log", "ab") as log:  # in a session of its own: Ctrl-C is for the sweep
+                    running[out_dir] = subprocess.Popen(
+                        command, env=environment, stdout=log, stderr=log, start_new_session=True
+                    )
+            time.sleep(0.2)
+            for out_dir, process in list(running.items()):
+                if stop.seen:
+                    process.terminate()  # it finishes its step and saves
+                    process.wait()
+                if process.poll() is None:
+                    continue
+                del running[out_dir]
+                if process.returncode:
+                    failed.append(str(out_dir))
+                    last = (out_dir / "train.log").read_text(errors="replace").strip().splitlines()[-1]
+                    tqdm.write(f"{out_dir} failed: {last}")
+                elif not stop.seen:
+                    tqdm.write(f"{out_dir}: validation loss {read_rows(out_dir / 'log.csv')[-1]['val_loss']}")
+            progress.update(sum(map(steps_done, commands)) - progress.n)
+    if stop.seen:
+        print("stopped; the same command goes on")
+    if failed:
+        raise UserError(f"{len(failed)} of {len(commands)} runs failed: {', '.join(failed)}; see train.log there")
+
+
+class Evaluation(NamedTuple):
+    """One evaluation of one run: a row of the CSV files in results/."""
+
+    arm: str  # name of the config file
+    seed: int
+    data: str  # beginning of the checksum of the training tokens
+    evaluated_on: str  # the same of the validation tokens
+    eval_tokens: int  # how many of them
+    block_size: int
+    tokens: int  # that the run is trained on in all
+    parameters: int
+    active: int  # parameters that a token uses
+    multiply_adds: int  # per token, of a forward pass
+    learning_rate: float
+    at_token: int  # when this evaluation was made
+    val_loss: float  # nats per token, cross-entropy alone
+    tokens_per_s: float | None  # since the evaluation before
+
+
+EQUAL = ("data", "evaluated_on", "eval_tokens", "block_size", "tokens")  # what all runs of a table must share
+OF_AN_ARM = ("parameters", "multiply_adds", "learning_rate")  # what all runs of an arm must share
+
+
+def evaluations_of(out_dir: Path, dataset: str | None) -> list[Evaluation]:
+    """What is in a finished run's folder; nothing if the run is not finished. Raises UserError.
+
+    With a dataset, the only evaluation is one on that dataset, made now, with the run's last weights.
+    """
+    model, checkpoint = load_model(out_dir / "ckpt.pt", choose_device("auto"))
+    config, log = train.make_config(train.TrainConfig, checkpoint["train_config"]), checkpoint["log"]
+    if not log or log[-1]["step"] != config.max_steps:
+        return []
+    arm, _, seed = out_dir.name.rpartition("-")
+    if seed != str(config.seed):
+        raise UserError(f"{out_dir} should be called ARM-{config.seed}, for that is its seed")
+    size = model.count_parameters()
+    run = Evaluation(
+        arm=arm, seed=config.seed, data=str(checkpoint["data"]["train"])[:12],
+        evaluated_on=str(checkpoint["data"]["val"])[:12], eval_tokens=config.eval_tokens,
+        block_size=model.config.block_size, tokens=log[-1]["tokens"], parameters=size.total, active=size.active,
+        multiply_adds=model.multiply_adds_per_token().total, learning_rate=config.learning_rate,
+        at_token=log[-1]["tokens"], val_loss=log[-1]["val_loss"], tokens_per_s=log[-1]["tokens_per_s"],
+    )  # fmt: skip
+    if dataset is None:
+        keys = ("val_loss", "tokens_per_s")
+        return [run._replace(at_token=row["tokens"], **{key: row[key] for key in keys}) for row in log]
+    data, device = train.open_dataset(dataset), model.embed.weight.device
+    data.check_fits(checkpoint["encoding"], model.config.vocab_size, model.config.block_size)
+    loss = train.evaluate(model, data, config, autocast(device, choose_dtype(config.dtype, device)))["val_loss"]
+    return [run._replace(evaluated_on=str(data.fingerprint["val"])[:12], val_loss=loss)]
+
+
+def read_evaluations(path: Path) -> list[Evaluation]:
+    """The rows of a file that `quality --csv` wrote. Raises UserError."""
+    try:
+        rows = read_rows(path)
+        kinds = {name: float if kind == float | None else kind for name, kind in Evaluation.__annotations__.items()}
+        return [Evaluation(**{key: kinds[key](value) if value else None for key, value in row.items()}) for row in rows]
+    except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a file that bench.py quality --csv wrote ({type(error).__name__})") from error
+
+
+def collect_runs(paths: list[Path], dataset: str | None) -> dict[str, dict[int, list[Evaluation]]]:
+    """The evaluations of all finished runs, by arm and seed. Raises UserError if they can't be compared."""
+    runs = {}
+    for path in paths:
+        if path.is_file() and dataset:
+            raise UserError(f"{path} holds no weights that could be evaluated on {dataset}: give the runs' folder")
+        if path.is_file():
+            found = read_evaluations(path)
+        else:
+            folders = sorted(ckpt.parent for ckpt in path.glob("*/ckpt.pt"))
+            found = []
+            for folder in tqdm(folders, unit="run", leave=False):
+                evaluations = evaluations_of(folder, dataset)
+                found += evaluations
+                if not evaluations:
+                    print(f"left out, because it is not finished: {folder}", file=sys.stderr)
+        if not found:
+            raise UserError(f"{path} holds no finished run: python bench.py sweep configs/ablation --out {path}")
+        new = {}
+        for row in found:
+            new.setdefault((row.arm, row.seed), []).append(row)
+        for (arm, seed), rows in new.items():
+            if seed in runs.setdefault(arm, {}):
+                raise UserError(f"{arm} with seed {seed} is there twice, the second time in {path}")
+            runs[arm][seed] = rows
+    first = next(iter(next(iter(runs.values())).values()))[0]
+    for arm, seeds in runs.items():
+        for names, other in ((EQUAL, first), (OF_AN_ARM, next(iter(seeds.values()))[0])):
+            for row in (row for rows in seeds.values() for row in rows):
+                for name in names:
+                    ours, theirs = getattr(row, name), getattr(other, name)
+                    if ours != theirs:
+                        raise UserError(
+                            f"{arm}-{row.seed} and {other.arm}-{other.seed} differ in {name} ({ours} and {theirs}), so "
+                            "their losses can't be compared"
+                        )
+    return runs
+
+
+def student_t(degrees: int) -> float:
+    """The 97.5 % quantile of Student's t distribution, to three digits."""
+    exact = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+    if degrees <= len(exact):
+        return exact[degrees - 1]
+    z = statistics.NormalDist().inv_cdf(0.975)  # Cornish-Fisher expansion
+    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float | None]:
+    """Mean and standard error, None for a single value."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return statistics.fmean(values), error
+
+
+def curve(runs: dict[int, list[Evaluation]]) -> list[tuple[int, float]]:
+    """(tokens, loss) of an arm, the mean over its seeds."""
+    return [
+        (rows[0].at_token, statistics.fmean(row.val_loss for row in rows)) for rows in zip(*runs.values(), strict=True)
+    ]
+
+
+def speed(runs: dict[int, list[Evaluation]]) -> float | None:
+    """Tokens/s of an arm: the median over all stretches of all seeds."""
+    measured = [row.tokens_per_s for rows in runs.values() for row in rows if row.tokens_per_s]
+    return statistics.median(measured) if measured else None
+
+
+def bench_quality(
+    paths: list[Path], against: str, dataset: str | None, csv_path: Path | None, plot: Path | None
+) -> None:
+    """Print what became of a sweep: a row per arm. Losses are means over seeds, differences are of pairs of a seed."""
+    runs = collect_runs(paths, dataset)
+    if against not in runs:
+        raise UserError(f"there is no finished run of {against!r} to compare with; there are: {', '.join(runs)}")
+    final = {arm: {seed: rows[-1].val_loss for seed, rows in seeds.items()} for arm, seeds in runs.items()}
+    speeds = {arm: speed(seeds) for arm, seeds in runs.items()}
+    first = next(iter(runs[against].values()))[-1]
+    # The time at which the fastest arm is done; the others' learning rate is still higher then.
+    seconds = first.tokens / max(speeds.values()) if all(speeds.values()) and not dataset else None
+    at_time = "" if seconds is None else f"at {seconds:.0f} s"
+    print(
+        f"{first.tokens:,} tokens of {first.data}, validation loss on {first.eval_tokens:,} tokens of {first.evaluated_on}:\n"
+        f"nats per token, mean ± standard error; difference to {against} with the same seed, with a 95 % interval"
+    )
+    print(f"{'':16}{'parameters':>12}{'multiply-adds':>15}{'×':>6}{'seeds':>7}{'loss':>19}{'difference':>30}", end="")
+    print(f"{at_time:>11}{'tokens/s':>10}{'×':>6}")
+    for arm in sorted(runs, key=lambda arm: statistics.fmean(final[arm].values())):
+        row = next(iter(runs[arm].values()))[-1]
+        mean, error = mean_and_error(list(final[arm].values()))
+        loss = f"{mean:.4f}" + ("" if error is None else f" ± {error:.4f}")
+        pairs = [final[arm][seed] - final[against][seed] for seed in final[arm] if seed in final[against]]
+        difference = "-"
+        if pairs and arm != against:
+            mean, error = mean_and_error(pairs)
+            half = None if error is None else student_t(len(pairs) - 1) * error
+            difference = f"{mean:+.4f}" + ("" if half is None else f" ({mean - half:+.4f} to {mean + half:+.4f})")
+        then = ""
+        if seconds is not None:
+            tokens, losses = zip(*curve(runs[arm]), strict=True)
+            then = f"{np.interp(seconds * speeds[arm], tokens, losses):.4f}"
+        pace = f"{speeds[arm]:,.0f}{speeds[arm] / speeds[against]:6.2f}" if all(speeds.values()) else "-"
+        print(
+            f"{arm:16}{row.parameters:12,}{row.multiply_adds:15,}{row.multiply_adds / first.multiply_adds:6.2f}"
+            f"{len(final[arm]):7}{loss:>19}{difference:>30}{then:>11}{pace:>16}"
+        )
+    if csv_path:
+        rows = [row._asdict() for seeds in runs.values() for evaluations in seeds.values() for row in evaluations]
+        csv_path.parent.mkdir(parents=True, exist_ok=True)
+        train.write_log(csv_path, rows, list(Evaluation._fields))
+        print(f"wrote {csv_path}")
+    if plot:
+        draw_quality(plot, runs, final, against)
+
+
+def draw_quality(
+    path: Path, runs: dict[str, dict[int, list[Evaluation]]], final: dict[str, dict[int, float]], against: str
+) -> None:
+    """Differences with their intervals, and the losses against tokens, compute and time, as PNG."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no picture: pip install matplotlib", file=sys.stderr)
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(13, 9), layout="constrained")
+    differences, by_tokens, by_compute, by_time = axes.flat
+    arms = sorted(runs, key=lambda arm: -statistics.fmean(final[arm].values()))  # the best one on top
+    for i, arm in enumerate(arms):
+        color = pyplot.colormaps["tab20"](i % 20)
+        pairs = [final[arm][seed] - final[against][seed] for seed in final[arm] if seed in final[against]]
+        if pairs:
+            mean, error = mean_and_error(pairs)
+            half = None if error is None else student_t(len(pairs) - 1) * error
+            differences.errorbar(mean, i, xerr=half, fmt="o", color=color, capsize=4)
+            differences.plot(pairs, [i] * len(pairs), "|", color=color, markersize=10)
+        tokens, losses = zip(*curve(runs[arm])[1:] or curve(runs[arm]), strict=True)  # the untrained loss left out
+        compute = 3 * next(iter(runs[arm].values()))[0].multiply_adds
+        pace = speed(runs[arm])
+        style = {"color": color, "marker": ".", "linestyle": "-" if i % 2 else "--", "label": arm}
+        by_tokens.plot([t / 1e6 for t in tokens], losses, **style)
+        by_compute.plot([t * compute / 1e12 for t in tokens], losses, **style)
+        if pace:
+            by_time.plot([t / pace for t in tokens], losses, **style)
+    differences.axvline(0, color="gray", linewidth=1)
+    differences.set(yticks=range(len(arms)), yticklabels=arms, xlabel="nats per token; left of 0 is better")
+    differences.set_title(f"difference to {against}, same seed: mean, 95 % interval, each seed")
+    for axis, label in (
+        (by_tokens, "million tokens"),
+        (by_compute, "multiply-adds, forward and backward, in 10¹²"),
+        (by_time, "seconds of training, at the arm's median speed"),
+    ):
+        axis.set(xlabel=label, ylabel="validation loss, nats per token", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+    by_tokens.legend(fontsize="small", ncols=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with prepare.replacing(path) as file:
+        figure.savefig(file, format="png", dpi=100)
+    pyplot.close(figure)
+    print(f"wrote {path}")
+
+
 def main() -> None:
     parser = Parser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_subparsers(dest="what", required=True, metavar="WHAT", parser_class=Parser)
@@ -395,10 +725,23 @@ def main() -> None:
     sample.add_argument("--new-tokens", type=int, default=512, help="tokens per text (default: 512)")
     sample.add_argument("--repeats", type=int, default=5, help="how often each is timed (default: 5)")
     sample.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+    sweep = what.add_parser("sweep", help="train every arm of a comparison with every seed", allow_abbrev=False)
+    sweep.add_argument("folder", type=Path, help="base.toml and a config file per arm, such as configs/ablation")
+    sweep.add_argument("settings", nargs="*", metavar="SETTING", help="as for train.py; {arm} and {seed} are filled in")
+    sweep.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these (default: all)")
+    sweep.add_argument("--seeds", type=int, default=5, help="seeds 1 to this number (default: 5)")
+    sweep.add_argument("--jobs", type=int, default=1, help="trainings at once, each with its part of the cores")
+    sweep.add_argument("--out", type=Path, help="folder of the runs' folders (default: out/ and the folder's name)")
+    quality = what.add_parser("quality", help="one table of what became of a sweep")
+    quality.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="a sweep's folder, or a file of --csv")
+    quality.add_argument("--against", default="sum", metavar="ARM", help="the arm to compare with (default: sum)")
+    quality.add_argument("--on", metavar="DATASET", help="evaluate the last weights on this dataset instead")
+    quality.add_argument("--csv", type=Path, metavar="FILE.csv", help="write all evaluations there")
+    quality.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the losses (needs matplotlib)")
     for either in (command, memory):
         either.add_argument("--encoding", default="gpt2", help="as in prepare.py (default: gpt2)")
     args, rest = parser.parse_known_args()
-    if rest and args.what not in ("cost", "layer", "loop"):
+    if rest and args.what not in ("cost", "layer", "loop", "sweep"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     keep_freed_memory()  # as train.py does
     if args.what in ("cost", "layer"):
@@ -417,6 +760,13 @@ def main() -> None:
         if min(args.new_tokens, args.repeats) < 1:
             raise UserError("--new-tokens and --repeats must be at least 1")
         bench_sample(args.path, args.new_tokens, args.repeats, args.device)
+    elif args.what == "sweep":
+        if min(args.seeds, args.jobs) < 1:
+            raise UserError("--seeds and --jobs must be at least 1")
+        out = args.out or Path("out", args.folder.resolve().name)
+        bench_sweep(args.folder, args.arms, args.seeds, args.jobs, out, [*args.settings, *rest])
+    elif args.what == "quality":
+        bench_quality(args.paths, args.against, args.on, args.csv, args.plot)
     elif args.what == "memory":
         if min(args.sizes) < 1:
             raise UserError(f"--sizes must be at least 1, got {min(args.sizes)}")

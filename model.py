@@ -11,7 +11,7 @@ README.md. Every layer of the network does, between attention and the next layer
     x = RMSNorm(h)                            # (S, C)
     gate, expert, stats = router(x)           # (S, K), (S, K)
     out = experts(x, expert)                  # (S, K, C), one slot per selected expert
-    h = aggregate(h, out, gate)               # (S, C): here WeightedSum and DAGAggregator differ
+    h = aggregate(h, out, gate)               # (S, C): here WeightedSum, MLPMixing and DAGAggregator differ
 
 Symbols, here and in every shape comment:
 
@@ -23,11 +23,13 @@ Symbols, here and in every shape comment:
     x                   RMSNorm(h)                  |  dag_dim, D      d_g    width of the graph's messages
     gate, g      g      router weight of a slot     |  node            n_i^l  node i at depth l, i = 1..K
     out          E(x)   output of a slot's expert   |  w_down, w_edge, w_node, w_up: W_down, W_edge, W_node, W_up
+
+Beside the DAG stand the baselines that it is compared with, all of them a value of the setting `aggregator`.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -39,7 +41,8 @@ from torch.utils.checkpoint import checkpoint
 VERSION = "0.1.0"  # written into every checkpoint
 NORM_EPS = 1e-5  # inside every RMSNorm
 INIT_STD = 0.02  # of every weight matrix, before the exceptions in GPT.init_weights
-GATES = {"sigmoid": torch.sigmoid, "silu": F.silu}  # σ of Eq. 9
+GATES = {"sigmoid": torch.sigmoid, "silu": F.silu, "none": torch.ones_like}  # σ of Eq. 9
+AGGREGATORS = ("sum", "shared", "mlp", "coe", "dense", "dag")
 
 
 def check_types(config, least: int) -> None:
@@ -69,10 +72,13 @@ class ModelConfig:
     top_k: int = 4  # K, experts selected per token
     norm_topk: bool = True  # renormalise the K selected router probabilities to sum to 1 (for K = 1: to 1)
     expert_dim: int = 64  # H, hidden size of each SwiGLU expert
-    aggregator: str = "dag"  # how the K outputs are combined: sum | dag; dense: one SwiGLU of hidden size K·H instead
+    aggregator: str = "dag"  # how the K outputs are combined: sum | shared | mlp | coe | dense | dag (see README)
+    shared_dim: int = 64  # hidden size of the always-on expert of `shared`
     dag_depth: int = 2  # L, depth of the graph
-    dag_dim: int = 32  # D, width of the graph's messages
-    dag_gate: str = "sigmoid"  # edge gate of Eq. 9: sigmoid | silu
+    dag_dim: int = 32  # D, width of the graph's messages, and of those of `mlp`
+    dag_gate: str = "sigmoid"  # edge gate of Eq. 9: sigmoid | silu | none (all edges open)
+    dag_residual: str = "1/K"  # share of h in each node of Eq. 6: 1/K | full (all of it) | none
+    dag_zero_init: bool = True  # W_up starts at zero; false: as small as what else writes into h
 
     def __post_init__(self):
         check_types(self, least=1)
@@ -88,10 +94,15 @@ class ModelConfig:
             raise ValueError(f"top_k ({self.top_k}) must not exceed n_expert ({self.n_expert})")
         if not 1 < self.rope_theta < math.inf:
             raise ValueError(f"rope_theta must be a number above 1, got {self.rope_theta}")
-        if self.aggregator not in (*AGGREGATORS, "dense"):
-            raise ValueError(f"aggregator must be one of {', '.join(AGGREGATORS)}, dense, got {self.aggregator!r}")
-        if self.dag_gate not in GATES:
-            raise ValueError(f"dag_gate must be one of {', '.join(GATES)}, got {self.dag_gate!r}")
+        for name, known in (
+            ("aggregator", AGGREGATORS),
+            ("dag_gate", GATES),
+            ("dag_residual", ("1/K", "full", "none")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.aggregator == "coe" and self.top_k % 2:
+            raise ValueError(f"top_k ({self.top_k}) must be even for coe, which spends it over two rounds")
 
     @property
     def head_dim(self) -> int:
@@ -187,7 +198,7 @@ class Attention(nn.Module):
 
 
 class RouterStats(NamedTuple):
-    """What a router did with S tokens. In Output the same of all layers, with a first dimension n_layer."""
+    """What a router did with S tokens. In Output the same of all routers, stacked along a first dimension."""
 
     prob: Tensor  # (E) P_e, mean probability of each expert
     load: Tensor  # (E) slots assigned to each expert, summing to S·K; without gradient
@@ -196,7 +207,7 @@ class RouterStats(NamedTuple):
 
 
 def balance_loss(load: Tensor, prob: Tensor) -> Tensor:
-    """load, prob (n_layer, E) → (): mean over layers of E · Σ_e f_e P_e (Switch 2021).
+    """load, prob (routers, E) → (): mean over routers, one per layer, of E · Σ_e f_e P_e (Switch 2021).
 
     f_e is the share of the slots that expert e got. The loss is 1 when balanced and E/K when collapsed onto K experts.
     `load` must be that of the whole batch of an optimizer step; where `prob` is that of a part, the parts' losses
@@ -228,6 +239,20 @@ class Router(nn.Module):
         load = torch.zeros(E, dtype=torch.long, device=x.device).scatter_add_(0, slots, torch.ones_like(slots))
         z = logits.logsumexp(dim=-1).square().mean()
         return gate, expert, RouterStats(prob.mean(dim=0), load, z, logits.detach().abs().amax())
+
+
+class SwiGLU(nn.Module):
+    """W_down (SiLU(W_gate x) ⊙ W_up x): one feed-forward network, for all tokens (Shazeer 2020)."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., dim) → (..., dim)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Experts(nn.Module):
@@ -329,6 +354,30 @@ class WeightedSum(nn.Module):
         return h + (gate.unsqueeze(-1).to(out.dtype) * out).sum(dim=1)
 
 
+class MLPMixing(nn.Module):
+    """The paper's ungated control: the weighted sum, and an MLP over all K nodes in the order of their slots.
+
+    h' = Σ_i n_i + W_up GELU(W_mix concat(z_1, ..., z_K)), with n_i and z_i as in Eq. 6 and 7, and W_up = 0 at first.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        C, K, D = config.n_embd, config.top_k, config.dag_dim
+        self.norm = RMSNorm(C)
+        self.w_down = nn.Linear(C, D, bias=False)
+        self.w_mix = nn.Linear(K * D, D, bias=False)
+        self.w_up = nn.Linear(D, C, bias=False)
+
+    def forward(self, h: Tensor, out: Tensor, gate: Tensor, depths: list[DepthRecord] | None = None) -> Tensor:
+        """h (S, C), out (S, K, C), gate (S, K) → (S, C). There is no graph, so nothing to add to `depths`."""
+        K = out.shape[1]
+        weighted = gate.unsqueeze(-1).to(out.dtype) * out  # (S, K, C)
+        node = weighted + (h / K).unsqueeze(1)
+        z = self.w_down(self.norm(node))  # (S, K, D)
+        mixed = F.gelu(self.w_mix(z.flatten(1)))  # (S, D)
+        return h + weighted.sum(dim=1) + self.w_up(mixed)
+
+
 class DAGLayer(nn.Module):
     """The weights of one depth of the graph, shared by all its edges, and the messages that flow along them."""
 
@@ -338,7 +387,7 @@ class DAGLayer(nn.Module):
         self.gate_function = GATES[config.dag_gate]
         self.norm = RMSNorm(C)
         self.w_down = nn.Linear(C, D, bias=False)
-        self.w_edge = nn.Linear(2 * D, D, bias=False)
+        self.w_edge = nn.Linear(2 * D, D, bias=False) if config.dag_gate != "none" else None
         self.w_node = nn.Linear(2 * D, D, bias=False)
         self.w_up = nn.Linear(D, C, bias=False)
 
@@ -356,8 +405,10 @@ class DAGLayer(nn.Module):
         """edge_to, edge_from, node_to, node_from, each (S, K, D): every node's part in the edges that it has."""
         z = z * scale
         # Eq. 8: W concat(z_i, z_j) = W₁ z_i + W₂ z_j, so four D×D products per node serve all K² edges.
-        edge_to, edge_from = (F.linear(z, w) for w in self.w_edge.weight.chunk(2, dim=1))
         node_to, node_from = (F.linear(z, w) for w in self.w_node.weight.chunk(2, dim=1))
+        if self.w_edge is None:  # ungated: torch.ones_like wants to know no more than a shape
+            return node_to, node_from, node_to, node_from
+        edge_to, edge_from = (F.linear(z, w) for w in self.w_edge.weight.chunk(2, dim=1))
         return edge_to, edge_from, node_to, node_from
 
     def edges_from(
@@ -407,14 +458,16 @@ class DAGAggregator(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.layers = nn.ModuleList(DAGLayer(config) for _ in range(config.dag_depth))
+        K = config.top_k
+        # What each node has of h, and what all K have of it together; only the first is the paper's.
+        self.share, self.shares = {"1/K": (1 / K, 1), "full": (1, K), "none": (0, 0)}[config.dag_residual]
 
     def forward(self, h: Tensor, out: Tensor, gate: Tensor, depths: list[DepthRecord] | None = None) -> Tensor:
         """h (S, C), out (S, K, C), gate (S, K) → (S, C). Adds a DepthRecord per depth to `depths`, if given."""
-        S, K, C = out.shape
         weighted = gate.unsqueeze(-1).to(out.dtype) * out  # (S, K, C)
         # Eq. 6. Departure (the paper leaves it open): h is the residual stream itself, whose K shares add up to one.
-        node = weighted + (h / K).unsqueeze(1).to(out.dtype)
-        h = h + weighted.sum(dim=1)
+        node = weighted + (self.share * h).unsqueeze(1).to(out.dtype)
+        h = self.shares * h + weighted.sum(dim=1)
         for layer in self.layers:
             if depths is not None:
                 depths.append(layer.record(node))
@@ -427,24 +480,25 @@ class DAGAggregator(nn.Module):
         return h
 
 
-AGGREGATORS = {"sum": WeightedSum, "dag": DAGAggregator}
-
-
 # The network
 
 
 class MoE(nn.Module):
-    """The feed-forward half of a block: normalise, route, compute experts, aggregate. Adds the residual itself."""
+    """The feed-forward half of a block: normalise, route, compute experts, aggregate. Adds the residual itself.
+
+    With the aggregator `shared` one more expert, of hidden size shared_dim, works for every token (DeepSeekMoE 2024).
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.norm = RMSNorm(config.n_embd)
         self.router = Router(config)
         self.experts = Experts(config)
-        self.aggregate = AGGREGATORS[config.aggregator](config)
+        self.aggregate = {"dag": DAGAggregator, "mlp": MLPMixing}.get(config.aggregator, WeightedSum)(config)
+        self.shared = SwiGLU(config.n_embd, config.shared_dim) if config.aggregator == "shared" else None
 
-    def forward(self, h: Tensor, records: list[LayerRecord] | None = None) -> tuple[Tensor, RouterStats]:
-        """h (B, T, C) → (B, T, C), RouterStats. Adds a LayerRecord to `records`, if given."""
+    def forward(self, h: Tensor, records: list[LayerRecord] | None = None) -> tuple[Tensor, list[RouterStats]]:
+        """h (B, T, C) → (B, T, C), RouterStats of its one router. Adds a LayerRecord to `records`, if given."""
         B, T, C = h.shape
         h = h.view(B * T, C)
         x = self.norm(h)
@@ -452,11 +506,41 @@ class MoE(nn.Module):
         out = self.experts(x, expert)
         depths = None if records is None else []
         combined = self.aggregate(h, out, gate, depths)
+        if self.shared is not None:
+            combined = combined + self.shared(x)
         if records is not None:
             update = combined - h
             beyond_sum = update - (gate.unsqueeze(-1) * out).sum(dim=1)
             records.append(LayerRecord(expert, gate, depths, update.norm(dim=-1), beyond_sum.norm(dim=-1)))
-        return combined.view(B, T, C), stats
+        return combined.view(B, T, C), [stats]
+
+
+class ChainOfExperts(nn.Module):
+    """Two rounds of K/2 experts, the second of which sees what the first has found (CoE, arXiv 2506.18945).
+
+    h¹ = h + Σ g E(norm(h)), h' = h¹ + Σ g E(norm(h¹)): a router per round, the same experts. Departure from the
+    original, whose rounds pass on the normalised state: the norm is applied anew in each round, with the same weights.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        half = replace(config, aggregator="sum", top_k=config.top_k // 2)
+        self.norm = RMSNorm(config.n_embd)
+        self.router, self.second_router = Router(half), Router(half)
+        self.experts = Experts(config)
+        self.aggregate = WeightedSum(config)
+
+    def forward(self, h: Tensor, records: list[LayerRecord] | None = None) -> tuple[Tensor, list[RouterStats]]:
+        """h (B, T, C) → (B, T, C), RouterStats of both routers. There is nothing to add to `records`."""
+        B, T, C = h.shape
+        h = h.view(B * T, C)
+        all_stats = []
+        for router in (self.router, self.second_router):
+            x = self.norm(h)
+            gate, expert, stats = router(x)
+            h = self.aggregate(h, self.experts(x, expert), gate)
+            all_stats.append(stats)
+        return h.view(B, T, C), all_stats
 
 
 class Dense(nn.Module):
@@ -466,18 +550,15 @@ class Dense(nn.Module):
         super().__init__()
         self.config = config
         self.norm = RMSNorm(config.n_embd)
-        self.gate_proj = nn.Linear(config.n_embd, config.top_k * config.expert_dim, bias=False)
-        self.up_proj = nn.Linear(config.n_embd, config.top_k * config.expert_dim, bias=False)
-        self.down_proj = nn.Linear(config.top_k * config.expert_dim, config.n_embd, bias=False)
+        self.network = SwiGLU(config.n_embd, config.top_k * config.expert_dim)
 
-    def forward(self, h: Tensor, records: list[LayerRecord] | None = None) -> tuple[Tensor, RouterStats]:
+    def forward(self, h: Tensor, records: list[LayerRecord] | None = None) -> tuple[Tensor, list[RouterStats]]:
         """h (B, T, C) → (B, T, C), and the RouterStats of perfect balance. There is nothing to add to `records`."""
-        x = self.norm(h)
-        h = h + self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        h = h + self.network(self.norm(h))
         E = self.config.n_expert
         balanced = torch.full((E,), 1 / E, device=h.device)
         zero = torch.zeros((), device=h.device)
-        return h, RouterStats(balanced, torch.ones(E, dtype=torch.long, device=h.device), zero, zero)
+        return h, [RouterStats(balanced, torch.ones(E, dtype=torch.long, device=h.device), zero, zero)]
 
 
 class Block(nn.Module):
@@ -487,7 +568,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm = RMSNorm(config.n_embd)
         self.attention = Attention(config)
-        self.moe = Dense(config) if config.aggregator == "dense" else MoE(config)
+        self.moe = {"dense": Dense, "coe": ChainOfExperts}.get(config.aggregator, MoE)(config)
 
     def forward(
         self,
@@ -496,8 +577,8 @@ class Block(nn.Module):
         cache: KeyValueCache | None = None,
         mask: Tensor | None = None,
         records: list[LayerRecord] | None = None,
-    ) -> tuple[Tensor, RouterStats]:
-        """h (B, T, C) → (B, T, C), RouterStats."""
+    ) -> tuple[Tensor, list[RouterStats]]:
+        """h (B, T, C) → (B, T, C), RouterStats of each of the layer's routers."""
         h = h + self.attention(self.norm(h), rope, cache, mask)
         return self.moe(h, records)
 
@@ -507,7 +588,7 @@ class Output(NamedTuple):
 
     logits: Tensor  # (B, T, vocab_size)
     loss: Tensor | None  # () cross-entropy in nats per token and nothing else, None without targets
-    router: RouterStats  # of all layers: prob and load (n_layer, E), z and max_logit (n_layer)
+    router: RouterStats  # of all routers, one per layer (coe: two): prob and load (routers, E), z, max_logit (routers)
 
 
 class ParameterCount(NamedTuple):
@@ -523,7 +604,7 @@ class MultiplyAdds(NamedTuple):
 
     attention: int  # projections, and scores and values over block_size positions (a causal kernel may skip half)
     experts: int  # router and the K selected experts
-    aggregator: int  # 0 for sum; the DAG's small matrices are applied to each of K nodes, not once
+    aggregator: int  # what is beyond the experts: the DAG's matrices are applied to each of K nodes, not once
     head: int  # output head
 
     @property
@@ -555,23 +636,30 @@ class GPT(nn.Module):
     def init_weights(self, generator: torch.Generator) -> None:
         """Draw every weight anew: normal(0, 0.02), smaller by sqrt(2·n_layer) where a layer writes into h; norms 1.
 
-        Aggregators come last, so that for one seed models with different aggregators share all other weights. W_up
-        starts at zero: a new DAG-MoE computes exactly what the standard MoE with the same seed computes.
+        What only some aggregators have comes last, so that for one seed models with different aggregators share all
+        other weights. W_up starts at zero: a new DAG-MoE computes what the standard MoE with the same seed computes.
         """
         into_residual = INIT_STD / math.sqrt(2 * self.config.n_layer)
         std = {self.embed.weight: INIT_STD, self.head.weight: INIT_STD}  # one entry where the two are tied
         for block in self.blocks:
             attention, moe = block.attention, block.moe
             std |= dict.fromkeys((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight), INIT_STD)
-            if isinstance(moe, Dense):
-                inner, down = (moe.gate_proj.weight, moe.up_proj.weight), moe.down_proj.weight
-            else:
-                inner, down = (moe.router.weight, moe.experts.gate_proj, moe.experts.up_proj), moe.experts.down_proj
-            std |= dict.fromkeys(inner, INIT_STD)
-            std |= dict.fromkeys((attention.o_proj.weight, down), into_residual)
-        for layer in (module for module in self.modules() if isinstance(module, DAGLayer)):
-            std |= dict.fromkeys((layer.w_down.weight, layer.w_edge.weight, layer.w_node.weight), INIT_STD)
-            std[layer.w_up.weight] = 0.0
+            if not isinstance(moe, Dense):
+                std |= dict.fromkeys((moe.router.weight, moe.experts.gate_proj, moe.experts.up_proj), INIT_STD)
+            std[attention.o_proj.weight] = into_residual
+            if not isinstance(moe, Dense):
+                std[moe.experts.down_proj] = into_residual
+        for module in self.modules():
+            if isinstance(module, SwiGLU):
+                std |= {module.gate_proj.weight: INIT_STD, module.up_proj.weight: INIT_STD}
+                std[module.down_proj.weight] = into_residual
+            elif isinstance(module, ChainOfExperts):
+                std[module.second_router.weight] = INIT_STD
+            elif isinstance(module, DAGLayer | MLPMixing):
+                inner = [linear for linear in module.children() if isinstance(linear, nn.Linear)]
+                std |= {linear.weight: INIT_STD for linear in inner}
+                zero = isinstance(module, MLPMixing) or self.config.dag_zero_init
+                std[module.w_up.weight] = 0.0 if zero else into_residual
         for weight, deviation in std.items():
             weight.normal_(0.0, deviation, generator=generator)
         norms = [module.weight for module in self.modules() if isinstance(module, RMSNorm)]
@@ -586,7 +674,7 @@ class GPT(nn.Module):
         pad: Tensor | None = None,
         records: list[LayerRecord] | None = None,
     ) -> tuple[Tensor, RouterStats]:
-        """tokens (B, T), continuing what `cache` holds → final normalised states (B, T, C), RouterStats of all layers.
+        """tokens (B, T), continuing what `cache` holds → final normalised states (B, T, C), RouterStats of all routers.
 
         pad (B): how many tokens at the start of each row, cached ones included, are padding that nobody looks at.
         Adds a LayerRecord per layer to `records`, if given: how the experts were combined, for pictures and statistics.
@@ -605,7 +693,7 @@ class GPT(nn.Module):
         stats = []
         for i, block in enumerate(self.blocks):
             h, layer_stats = block(h, rope, cache[i] if cache else None, mask, records)
-            stats.append(layer_stats)
+            stats += layer_stats
         return self.norm(h), RouterStats(*(torch.stack(values) for values in zip(*stats, strict=True)))
 
     def forward(
@@ -662,15 +750,26 @@ class GPT(nn.Module):
             tokens = torch.cat([tokens, next_token[:, None]], dim=1)
             yield next_token
 
+    @property
+    def dag_square_matrices(self) -> int:
+        """D×D matrices at each depth of the graph: two halves each of W_node and, where there are gates, of W_edge."""
+        return 2 if self.config.dag_gate == "none" else 4
+
     def count_parameters(self) -> ParameterCount:
         """Numbers of parameters, by formula (checked against the tensors in the tests)."""
         c = self.config
         C, E, K, H, L, D = c.n_embd, c.n_expert, c.top_k, c.expert_dim, c.dag_depth, c.dag_dim
+        square = self.dag_square_matrices
         embeddings = c.vocab_size * C * (1 if c.tie_embeddings else 2)
         attention = 2 * C * C + 2 * C * c.n_kv_head * c.head_dim
         expert = 3 * C * H
-        aggregator = {"sum": 0, "dag": L * (2 * C * D + 4 * D * D + C), "dense": 0}[c.aggregator]
-        router, unused = (0, 0) if c.aggregator == "dense" else (E * C, (E - K) * expert)
+        aggregator = {
+            "shared": 3 * C * c.shared_dim,
+            "mlp": 2 * C * D + K * D * D + C,
+            "dag": L * (2 * C * D + square * D * D + C),  # each C is a norm
+        }.get(c.aggregator, 0)
+        router = {"dense": 0, "coe": 2 * E * C}.get(c.aggregator, E * C)
+        unused = 0 if c.aggregator == "dense" else (E - K) * expert
         layer = attention + router + K * expert + unused + aggregator + 2 * C  # 2·C: two norms
         total = embeddings + c.n_layer * layer + C
         return ParameterCount(total, total - c.n_layer * unused, embeddings)
@@ -685,13 +784,17 @@ class GPT(nn.Module):
         C, K, H, L, D = c.n_embd, c.top_k, c.expert_dim, c.dag_depth, c.dag_dim
         projections = 2 * C * C + 2 * C * c.n_kv_head * c.head_dim
         scores_and_values = 2 * c.block_size * C
-        # W_down and the halves of W_edge and W_node on K nodes; W_up on K nodes too, but at the last depth on their sum
-        dag = L * K * (C * D + 4 * D * D) + (L - 1) * K * C * D + C * D
-        router = 0 if c.aggregator == "dense" else c.n_expert * C
+        aggregator = {
+            "shared": 3 * C * c.shared_dim,
+            "mlp": K * C * D + K * D * D + C * D,
+            # W_down and the halves of W_edge and W_node on K nodes; W_up, too, but at the last depth on their sum
+            "dag": L * K * (C * D + self.dag_square_matrices * D * D) + (L - 1) * K * C * D + C * D,
+        }.get(c.aggregator, 0)
+        router = {"dense": 0, "coe": 2 * c.n_expert * C}.get(c.aggregator, c.n_expert * C)
         return MultiplyAdds(
             attention=c.n_layer * (projections + scores_and_values),
             experts=c.n_layer * (router + 3 * K * C * H),
-            aggregator=c.n_layer * {"sum": 0, "dag": dag, "dense": 0}[c.aggregator],
+            aggregator=c.n_layer * aggregator,
             head=C * c.vocab_size,
         )
 

@@ -7,9 +7,11 @@
     python train.py configs/quickstart.toml --eval_only=stdlib,mine
     torchrun --standalone --nproc_per_node=8 train.py configs/owt.toml
 
-Settings: the defaults below, then the keys of the config file, then --key=value. Results: OUT_DIR/log.csv with a row
-per evaluation, OUT_DIR/ckpt.pt to go on from with --resume, previous.pt, the one before it, and best.pt, of the lowest
-validation loss, to sample.
+    python train.py configs/ablation/base.toml configs/ablation/shared.toml --seed=1
+
+Settings: the defaults below, then the keys of the config files, then --key=value, later ones winning. Results:
+OUT_DIR/log.csv with a row per evaluation, OUT_DIR/ckpt.pt to go on from with --resume, previous.pt, the one before it,
+and best.pt, of the lowest validation loss, to sample.
 """
 
 import argparse
@@ -132,7 +134,7 @@ class TrainConfig:
 
 
 def read_settings(argv: list[str]) -> dict:
-    """Settings of the config file and of the command line, by key, the latter winning. Raises UserError."""
+    """Settings of the config files and of the command line, by key, later ones winning. Raises UserError."""
     fixed = [f.name for f in (*fields(TrainConfig), *fields(ModelConfig)) if f.name not in RESUME_MAY_CHANGE]
     epilog = (
         f"With --resume another value is taken, and reported, for: {', '.join(RESUME_MAY_CHANGE)} (batch_size and "
@@ -146,7 +148,7 @@ def read_settings(argv: list[str]) -> dict:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("config", nargs="?", type=Path, help="a file such as configs/quickstart.toml")
+    parser.add_argument("config", nargs="*", type=Path, help="files such as configs/quickstart.toml")
     known, flags = {}, set()
     for config in (TrainConfig, ModelConfig):
         group = parser.add_argument_group(config.__name__)
@@ -163,9 +165,16 @@ def read_settings(argv: list[str]) -> dict:
     for argument in unknown:
         raise UserError(unknown_key(argument.removeprefix("--").split("=")[0], argument, known))
     settings = vars(arguments)
-    path = settings.pop("config")
-    if path is None:
-        return settings | {"out_dir": settings.get("out_dir") or "out/default"}
+    paths = settings.pop("config")
+    in_files = {}
+    for path in paths:
+        in_files |= read_file(path, known)
+    settings = in_files | settings
+    return settings | {"out_dir": settings.get("out_dir") or f"out/{paths[-1].stem if paths else 'default'}"}
+
+
+def read_file(path: Path, known: dict[str, type]) -> dict:
+    """Settings of a config file. Raises UserError unless all of them are `known` and of the right type."""
     try:
         file = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, IsADirectoryError):
@@ -179,8 +188,7 @@ def read_settings(argv: list[str]) -> dict:
             raise UserError(unknown_key(key, f"{key} = {file[key]!r} in {path}", known))
         if type(file[key]) is not known[key] and not (known[key] is float and type(file[key]) is int):
             raise UserError(f"{key} in {path} must be of type {known[key].__name__}, got {file[key]!r}")
-    settings = file | settings
-    return settings | {"out_dir": settings.get("out_dir") or f"out/{path.stem}"}
+    return file
 
 
 def unknown_key(key: str, where: str, known: dict) -> str:
@@ -377,13 +385,13 @@ def check_init(path: Path, checkpoint: dict, model_config: ModelConfig) -> None:
     A sum may become a DAG: W_up = 0 makes the new model compute what the old one did (upcycling).
     """
     may_change = {"block_size"}
-    if checkpoint["model_config"].get("aggregator") == "sum":
-        may_change |= {"aggregator", "dag_depth", "dag_dim", "dag_gate"}
-    old = checkpoint["model_config"]
+    old = asdict(ModelConfig()) | checkpoint["model_config"]  # a key that the checkpoint's version did not have yet
+    if old["aggregator"] == "sum" and model_config.aggregator in ("sum", "dag"):
+        may_change |= {key for key in old if key.startswith("dag_")} | {"aggregator", "shared_dim"}
     changed = [
-        f"{key} (there {old.get(key)!r}, here {new!r})"
+        f"{key} (there {old[key]!r}, here {new!r})"
         for key, new in asdict(model_config).items()
-        if old.get(key) != new and key not in may_change
+        if old[key] != new and key not in may_change
     ]
     if changed:
         raise UserError(
@@ -440,8 +448,9 @@ def evaluate(model: GPT, data: Dataset, config: TrainConfig, cast: AbstractConte
     depths = c.dag_depth if c.aggregator == "dag" else 0
     wide = torch.float32 if device.type == "mps" else torch.float64
     means = torch.zeros(2 + 2 * depths, device=device, dtype=wide)  # loss, z-loss, and per depth gate and update
-    prob = torch.zeros(c.n_layer, c.n_expert, device=device, dtype=wide)
-    load = torch.zeros(c.n_layer, c.n_expert, device=device, dtype=torch.long)
+    routers = c.n_layer * (2 if c.aggregator == "coe" else 1)
+    prob = torch.zeros(routers, c.n_expert, device=device, dtype=wide)
+    load = torch.zeros(routers, c.n_expert, device=device, dtype=torch.long)
     max_logit = torch.zeros((), device=device)
     model.eval()
     for start in range(0, len(offsets), config.batch_size):
@@ -464,8 +473,8 @@ def evaluate(model: GPT, data: Dataset, config: TrainConfig, cast: AbstractConte
         "balance": balance_loss(load, prob).item(),
         "z": z,
         "max_logit": max_logit.item(),
-        "max_expert_share": share.max().item(),  # of the slots of its layer
-        "dead_experts": int((load == 0).sum()),  # in all layers together
+        "max_expert_share": share.max().item(),  # of the slots of its router
+        "dead_experts": int((load == 0).sum()),  # of all routers together
         **dict(zip(graph_columns(c), graph, strict=True)),
     }
 
