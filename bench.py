@@ -455,14 +455,13 @@ def bench_sweep(folder: Path, arms: list[str], seeds: int, jobs: int, out: Path,
                         command, env=environment, stdout=log, stderr=log, start_new_session=True
                     )
             time.sleep(0.2)
+            for process in running.values() if stop.seen else ():
+                process.terminate()  # it finishes its step and saves
             for out_dir, process in list(running.items()):
-                if stop.seen:
-                    process.terminate()  # it finishes its step and saves
-                    process.wait()
-                if process.poll() is None:
+                if (process.wait() if stop.seen else process.poll()) is None:
                     continue
                 del running[out_dir]
-                if process.returncode:
+                if process.returncode and not stop.seen:
                     failed.append(str(out_dir))
                     last = (out_dir / "train.log").read_text(errors="replace").strip().splitlines()[-1]
                     tqdm.write(f"{out_dir} failed: {last}")
@@ -618,8 +617,8 @@ def bench_quality(
     seconds = first.tokens / max(speeds.values()) if all(speeds.values()) and not dataset else None
     at_time = "" if seconds is None else f"at {seconds:.0f} s"
     print(
-        f"{first.tokens:,} tokens of {first.data}, validation loss on {first.eval_tokens:,} tokens of {first.evaluated_on}:\n"
-        f"nats per token, mean ± standard error; difference to {against} with the same seed, with a 95 % interval"
+        f"trained on {first.tokens:,} tokens ({first.data}), evaluated on {first.eval_tokens:,} ({first.evaluated_on})\n"
+        f"loss: nats per token, mean ± standard error; difference to {against} with the same seed, with a 95 % interval"
     )
     print(f"{'':16}{'parameters':>12}{'multiply-adds':>15}{'×':>6}{'seeds':>7}{'loss':>19}{'difference':>30}", end="")
     print(f"{at_time:>11}{'tokens/s':>10}{'×':>6}")

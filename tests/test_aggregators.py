@@ -4,8 +4,29 @@ import pytest
 import torch
 
 from bench import kept_bytes
-from model import GPT, DAGAggregator, MoE, WeightedSum
-from tests.reference import assert_same, plain_dag, randomize, results_and_gradients, rms_norm, tiny_config
+from model import (
+    AGGREGATORS,
+    GPT,
+    ChainOfExperts,
+    DAGAggregator,
+    MLPMixing,
+    ModelConfig,
+    MoE,
+    WeightedSum,
+    balance_loss,
+)  # fmt: skip
+from tests.reference import (
+    assert_same,
+    plain_dag,
+    plain_experts,
+    plain_mlp,
+    plain_router,
+    plain_swiglu,
+    randomize,
+    results_and_gradients,
+    rms_norm,
+    tiny_config,
+)  # fmt: skip
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -19,19 +40,23 @@ def random_inputs(config, tokens: int, dtype: torch.dtype) -> dict[str, torch.Te
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("gate_name", ["sigmoid", "silu"])
+@pytest.mark.parametrize(
+    ("gate_name", "residual"),
+    [("sigmoid", "1/K"), ("silu", "1/K"), ("none", "1/K"), ("sigmoid", "full"), ("sigmoid", "none")],
+)
 @pytest.mark.parametrize(("depth", "top_k"), [(1, 1), (1, 4), (2, 2), (3, 3)])
-def test_dag_equals_the_papers_equations(depth, top_k, gate_name, dtype):
+def test_dag_equals_the_papers_equations(depth, top_k, gate_name, residual, dtype):
     """Value and the gradients of h, out, gate and every weight equal those of the plain Eq. 6 to 12."""
-    config = tiny_config(dag_depth=depth, top_k=top_k, dag_gate=gate_name)
+    config = tiny_config(dag_depth=depth, top_k=top_k, dag_gate=gate_name, dag_residual=residual)
     aggregator = randomize(DAGAggregator(config)).to(dtype)
     inputs = random_inputs(config, tokens=5, dtype=dtype)
     fast = results_and_gradients(aggregator, inputs, aggregator)
     plain = results_and_gradients(
-        lambda h, out, gate: plain_dag(aggregator, gate_name, h, out, gate), inputs, aggregator
+        lambda h, out, gate: plain_dag(aggregator, gate_name, h, out, gate, residual), inputs, aggregator
     )
-    assert len(fast) == 1 + 3 + 5 * depth
-    assert all(x.abs().max() > 1e-3 for x in fast.values()), "a term that vanishes tests nothing"
+    assert len(fast) == 1 + 3 + (4 if gate_name == "none" else 5) * depth
+    vanishes = {"grad h"} if residual == "none" else set()
+    assert all(x.abs().max() > 1e-3 for name, x in fast.items() if name not in vanishes), "what vanishes tests nothing"
     assert_same(fast, plain, TOLERANCE[dtype])
 
 
@@ -63,23 +88,102 @@ def test_weighted_sum_equals_a_loop():
     assert_same(ours, results_and_gradients(plain, inputs, aggregator), 1e-12)
 
 
-def test_new_dag_model_is_the_sum_model():
-    """W_up = 0: for one seed dag and sum share every other weight and give equal logits (float32, 1e-5)."""
-    tokens = torch.randint(23, (3, 16), generator=torch.Generator().manual_seed(0))
+def test_mlp_mixing_equals_a_loop():
+    """The ungated control equals its formula, token by token, with every gradient; the order of the slots counts."""
+    config = tiny_config(aggregator="mlp", top_k=4)
+    mixing = randomize(MLPMixing(config)).double()
+    inputs = random_inputs(config, tokens=5, dtype=torch.float64)
+    ours = results_and_gradients(mixing, inputs, mixing)
+    assert len(ours) == 1 + 3 + 4 and all(x.abs().max() > 1e-3 for x in ours.values())
+    assert_same(ours, results_and_gradients(lambda **x: plain_mlp(mixing, **x), inputs, mixing), 1e-10)
+    order = torch.tensor([2, 0, 3, 1])
+    permuted = mixing(inputs["h"], inputs["out"][:, order], inputs["gate"][:, order])
+    assert (permuted - mixing(**inputs)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("aggregator", ["shared", "coe"])
+def test_shared_expert_and_chain_of_experts_equal_loops(aggregator):
+    """The whole feed-forward half, router and norm included, equals the formula with plain loops, with gradients."""
+    config = tiny_config(aggregator=aggregator, top_k=4, shared_dim=20)
+    moe = randomize({"shared": MoE, "coe": ChainOfExperts}[aggregator](config)).double()
+    h = torch.randn(6, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    def round_of(router, h: torch.Tensor, top_k: int) -> torch.Tensor:
+        x = rms_norm(h, moe.norm.weight)
+        gate, expert = plain_router(router.weight, x, top_k)
+        return (gate.unsqueeze(-1) * plain_experts(moe.experts, x, expert)).sum(dim=1)
+
+    def plain(h: torch.Tensor) -> torch.Tensor:
+        if aggregator == "shared":
+            return h + round_of(moe.router, h, 4) + plain_swiglu(moe.shared, rms_norm(h, moe.norm.weight))
+        first = h + round_of(moe.router, h, 2)
+        return first + round_of(moe.second_router, first, 2)
+
+    ours = results_and_gradients(lambda h: moe(h.unsqueeze(0))[0].squeeze(0), {"h": h}, moe)
+    assert len(ours) == 1 + 1 + (8 if aggregator == "shared" else 6)
+    assert all(x.abs().max() > 1e-3 for x in ours.values())
+    assert_same(ours, results_and_gradients(plain, {"h": h}, moe), 1e-10)
+
+
+def test_each_round_of_a_chain_is_balanced_by_itself():
+    """Two routers that prefer opposite experts are unbalanced, although their slots together are not."""
+    model = GPT(tiny_config(aggregator="coe"))
+    router = model(torch.randint(23, (2, 16), generator=torch.Generator().manual_seed(0))).router
+    assert router.load.shape == router.prob.shape == (4, 8) and router.z.shape == (4,)
+    assert (router.load.sum(dim=1) == 2 * 16 * 2).all()
+    opposite = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]])
+    assert balance_loss(opposite, opposite / 2).item() == pytest.approx(2.0)
+
+
+def test_switches_of_the_start():
+    """dag_zero_init=False draws W_up like what else writes into h, and changes no other weight."""
     models = {}
-    for aggregator in ("sum", "dag"):
+    for zero in (True, False):
         torch.manual_seed(5)
-        models[aggregator] = GPT(tiny_config(aggregator=aggregator))
-    dag_weights = dict(models["dag"].named_parameters())
-    for name, weight in models["sum"].named_parameters():
-        assert torch.equal(weight, dag_weights[name]), name
-    difference = models["sum"](tokens).logits - models["dag"](tokens).logits
-    assert difference.abs().max() <= 1e-5
+        models[zero] = dict(GPT(ModelConfig(n_layer=2, dag_zero_init=zero)).named_parameters())
+    for name, weight in models[True].items():
+        if "w_up" in name:
+            assert weight.abs().max() == 0
+            assert models[False][name].std().item() == pytest.approx(0.01, rel=0.1)  # 0.02 / sqrt(2 · 2 layers)
+        else:
+            assert torch.equal(weight, models[False][name]), name
+
+
+@pytest.mark.parametrize("width", [128, 512, 1024])
+def test_equal_parameters(width):
+    """The paper's comparison: the matrices of D = C/4, L = 2 are as many weights as a shared expert of H = C/2."""
+    sizes = dict(n_embd=width, n_layer=1, dag_dim=width // 4, dag_depth=2, shared_dim=width // 2)
+    counts = {name: GPT(ModelConfig(aggregator=name, **sizes)).count_parameters().total for name in AGGREGATORS}
+    assert counts["dag"] - 2 * width == counts["shared"]  # the norm of each depth
+    assert counts["shared"] - counts["sum"] == 3 * width * width // 2
+
+
+@pytest.mark.parametrize("aggregator", ["dag", "mlp"])
+def test_new_model_is_the_sum_model(aggregator):
+    """W_up = 0: for one seed dag, or mlp, and sum give equal logits (float32, 1e-5)."""
+    tokens = torch.randint(23, (3, 16), generator=torch.Generator().manual_seed(0))
+    models = []
+    for name in ("sum", aggregator):
+        torch.manual_seed(5)
+        models.append(GPT(tiny_config(aggregator=name)))
+    assert (models[0](tokens).logits - models[1](tokens).logits).abs().max() <= 1e-5
 
     # It must start as the sum, not stay it: W_up gets a gradient.
-    out = models["dag"](tokens, tokens)
-    out.loss.backward()
-    assert all(b.moe.aggregate.layers[-1].w_up.weight.grad.abs().max() > 0 for b in models["dag"].blocks)
+    models[1](tokens, tokens).loss.backward()
+    w_up = [p for name, p in models[1].named_parameters() if "w_up" in name]
+    assert w_up and all(p.grad.abs().max() > 0 for p in w_up[-1:])
+
+
+@pytest.mark.parametrize("aggregator", ["shared", "mlp", "coe", "dag"])
+def test_seeds_are_paired(aggregator):
+    """For one seed all aggregators but dense share every weight that sum has."""
+    weights = {}
+    for name in ("sum", aggregator):
+        torch.manual_seed(5)
+        weights[name] = dict(GPT(tiny_config(aggregator=name, top_k=4)).named_parameters())
+    assert len(weights[aggregator]) > len(weights["sum"])
+    for name, weight in weights["sum"].items():
+        assert torch.equal(weight, weights[aggregator][name]), name
 
 
 @pytest.mark.parametrize(("name", "linear"), [("sum", True), ("dag", False)])
@@ -166,7 +270,7 @@ def test_records_are_the_equations_edge_by_edge(gate_name):
             nodes = new
 
 
-@pytest.mark.parametrize("aggregator", ["sum", "dag"])
+@pytest.mark.parametrize("aggregator", ["sum", "shared", "mlp", "dag"])
 def test_recording_changes_nothing(aggregator):
     """Logits and losses are bit-identical with records; a record per layer, whose norms are those of the update."""
     torch.manual_seed(0)
@@ -182,7 +286,7 @@ def test_recording_changes_nothing(aggregator):
         assert (record.gate.sum(dim=1) - 1).abs().max() <= 1e-5
         assert len(record.depths) == (2 if aggregator == "dag" else 0)
         beyond = (record.beyond_sum / record.update).max().item()
-        assert beyond > 0.1 if aggregator == "dag" else beyond < 1e-4
+        assert beyond < 1e-4 if aggregator == "sum" else beyond > 0.1
 
 
 def test_norms_of_the_record_are_those_of_the_moe():

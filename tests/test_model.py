@@ -10,10 +10,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_module
 from model import GPT, Experts, ModelConfig, Router, RouterStats, balance_loss, window_start
-from tests.reference import assert_same, plain_experts, randomize, results_and_gradients, tiny_config
+from tests.reference import (
+    assert_same,
+    plain_experts,
+    plain_swiglu,
+    randomize,
+    results_and_gradients,
+    rms_norm,
+    tiny_config,
+)  # fmt: skip
 
-BOTH = pytest.mark.parametrize("aggregator", ["sum", "dag"])
-ALL = pytest.mark.parametrize("aggregator", ["sum", "dag", "dense"])
+ALL = pytest.mark.parametrize("aggregator", model_module.AGGREGATORS)
 
 
 def tiny_model(**changes) -> GPT:
@@ -308,7 +315,7 @@ def test_compiles_without_breaks_in_bfloat16(aggregator):
     assert_same(compiled, step(model), 2e-2)
 
 
-@BOTH
+@pytest.mark.parametrize("aggregator", [name for name in model_module.AGGREGATORS if name != "dense"])
 def test_bfloat16_is_close_to_float32(aggregator):
     """Autocast reaches every product, grouped ones included, and changes the loss by rounding only."""
     model = GPT(ModelConfig(aggregator=aggregator, n_layer=2))
@@ -404,7 +411,8 @@ def test_parameter_formulas(aggregator, tie):
     count = model.count_parameters()
     assert count.total == sum(p.numel() for p in model.parameters())
     stacked = [p for name, p in model.named_parameters() if ".experts." in name]
-    assert count.active == count.total - sum(p.numel() for p in stacked) * (8 - 3) // 8
+    E, K = model.config.n_expert, model.config.top_k
+    assert count.active == count.total - sum(p.numel() for p in stacked) * (E - K) // E
     assert bool(stacked) == (aggregator != "dense")
     assert count.embeddings == sum(p.numel() for p in {model.embed.weight, model.head.weight})
 
@@ -430,12 +438,12 @@ class CountProducts(TorchDispatchMode):
 def test_dense_is_one_swiglu_with_the_experts_multiply_adds():
     """h + down(silu(gate x) ⊙ up x) of hidden size K·H, no choice; as many multiply-adds as sum without its router."""
     model = tiny_model(aggregator="dense")
-    moe, h = model.blocks[0].moe, torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
-    x = moe.norm(h)
-    hidden = F.silu(x @ moe.gate_proj.weight.T) * (x @ moe.up_proj.weight.T)
-    expected = h + hidden @ moe.down_proj.weight.T
-    out, stats = moe(h)
-    assert (out - expected).abs().max() <= 1e-5 and hidden.shape[-1] == 3 * 16
+    moe, h = model.blocks[0].moe, torch.randn(10, 32, generator=torch.Generator().manual_seed(1))
+    ours = results_and_gradients(lambda h: moe(h)[0], {"h": h}, moe)
+    plain = results_and_gradients(lambda h: h + plain_swiglu(moe.network, rms_norm(h, moe.norm.weight)), {"h": h}, moe)
+    assert_same(ours, plain, 1e-5)
+    assert moe.network.gate_proj.weight.shape == (3 * 16, 32)
+    stats = moe(h)[1][0]
     assert balance_of(stats).item() == pytest.approx(1.0) and stats.z == stats.max_logit == 0
     dense, sparse = model.multiply_adds_per_token(), tiny_model(aggregator="sum").multiply_adds_per_token()
     with CountProducts() as products:
@@ -444,10 +452,15 @@ def test_dense_is_one_swiglu_with_the_experts_multiply_adds():
     assert dense.total == sparse.total - 2 * 8 * 32 and dense.aggregator == 0
 
 
-@pytest.mark.parametrize(("aggregator", "depth"), [("sum", 1), ("dag", 1), ("dag", 3)])
-def test_multiply_add_formulas(aggregator, depth):
+@pytest.mark.parametrize(
+    "changes",
+    [{"aggregator": name} for name in ("sum", "shared", "mlp", "coe")]
+    + [{"dag_depth": 1}, {"dag_depth": 3}, {"dag_depth": 2, "dag_gate": "none"}],
+    ids=str,
+)
+def test_multiply_add_formulas(changes):
     """The formulas equal the products that a forward pass executes, part by part."""
-    model = tiny_model(aggregator=aggregator, dag_depth=depth)
+    model = tiny_model(**changes)
     block, formula = model.blocks[0], model.multiply_adds_per_token()
     S, config = 2 * 16, model.config
 
@@ -457,11 +470,13 @@ def test_multiply_add_formulas(aggregator, depth):
         return products.total / S
 
     x = torch.randn(2, 16, 32)
-    flat, expert = x.view(S, 32), torch.zeros(S, 3, dtype=torch.long)
     rope = model_module.rope_table(torch.arange(16), config)
     assert formula.attention == 2 * count(block.attention, x, rope)
-    assert formula.experts == 2 * (count(block.moe.router, flat) + count(block.moe.experts, flat, expert))
-    assert formula.aggregator == 2 * count(block.moe.aggregate, flat, torch.randn(S, 3, 32), torch.rand(S, 3))
+    if config.aggregator != "coe":
+        flat, expert = x.view(S, 32), torch.zeros(S, 3, dtype=torch.long)
+        assert formula.experts == 2 * (count(block.moe.router, flat) + count(block.moe.experts, flat, expert))
+        beyond = count(block.moe.aggregate, flat, torch.randn(S, 3, 32), torch.rand(S, 3))
+        assert formula.aggregator == 2 * (beyond + (count(block.moe.shared, flat) if block.moe.shared else 0))
     assert formula.head == count(model.head, x)
     assert formula.total == count(model, random_tokens(2, 16))
 
@@ -483,8 +498,10 @@ def test_multiply_add_formulas(aggregator, depth):
         ({"tie_embeddings": 1}, r"tie_embeddings must be of type bool, got 1"),
         ({"rope_theta": -1.0}, r"rope_theta must be a number above 1, got -1.0"),
         ({"rope_theta": float("nan")}, r"rope_theta must be a number above 1, got nan"),
-        ({"aggregator": "mean"}, r"aggregator must be one of sum, dag, dense, got 'mean'"),
-        ({"dag_gate": "relu"}, r"dag_gate must be one of sigmoid, silu, got 'relu'"),
+        ({"aggregator": "mean"}, r"aggregator must be one of sum, shared, mlp, coe, dense, dag, got 'mean'"),
+        ({"dag_gate": "relu"}, r"dag_gate must be one of sigmoid, silu, none, got 'relu'"),
+        ({"dag_residual": "h"}, r"dag_residual must be one of 1/K, full, none, got 'h'"),
+        ({"aggregator": "coe", "top_k": 3}, r"top_k \(3\) must be even for coe"),
     ],
 )
 def test_nonsense_is_refused(changes, message):
