@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import prepare
 import train
-from model import GPT, ModelConfig, window_start
+from model import AGGREGATORS, GPT, ModelConfig, window_start
 from prepare import Parser, Reader, Source, UserError, get_encoding, local_source, run, stdlib_source
 from sample import autocast, checkpoint_path, choose_device, choose_dtype, keep_freed_memory, load_model
 
@@ -259,7 +259,8 @@ def bench_cost(arguments: list[str], repeats: int) -> None:
     dtype = choose_dtype(config.dtype, device)
     cast = autocast(device, dtype)
     base = train.make_config(ModelConfig, settings)
-    variants = {"dense": {"aggregator": "dense"}, "sum": {"aggregator": "sum"}}
+    plain = [name for name in AGGREGATORS if name != "dag" and (name != "coe" or base.top_k % 2 == 0)]
+    variants = {name: {"aggregator": name} for name in plain}
     variants |= {f"dag L={depth} D={base.dag_dim}": {"aggregator": "dag", "dag_depth": depth} for depth in (1, 2)}
     x, y = torch.randint(base.vocab_size, (2, config.batch_size, base.block_size), device=device)
 
@@ -547,7 +548,7 @@ def collect_runs(paths: list[Path], dataset: str | None) -> dict[str, dict[int, 
         else:
             folders = sorted(ckpt.parent for ckpt in path.glob("*/ckpt.pt"))
             found = []
-            for folder in tqdm(folders, unit="run", leave=False):
+            for folder in tqdm(folders, unit="run", leave=False, disable=not folders):
                 evaluations = evaluations_of(folder, dataset)
                 found += evaluations
                 if not evaluations:
@@ -580,8 +581,9 @@ def student_t(degrees: int) -> float:
     exact = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
     if degrees <= len(exact):
         return exact[degrees - 1]
-    z = statistics.NormalDist().inv_cdf(0.975)  # Cornish-Fisher expansion
-    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+    z, n = statistics.NormalDist().inv_cdf(0.975), degrees  # the expansion of Cornish and Fisher, 1938
+    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + terms[0] / n + terms[1] / n**2 + terms[2] / n**3
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float | None]:
@@ -617,7 +619,8 @@ def bench_quality(
     seconds = first.tokens / max(speeds.values()) if all(speeds.values()) and not dataset else None
     at_time = "" if seconds is None else f"at {seconds:.0f} s"
     print(
-        f"trained on {first.tokens:,} tokens ({first.data}), evaluated on {first.eval_tokens:,} ({first.evaluated_on})\n"
+        f"trained on {first.tokens:,} tokens ({first.data}), evaluated on {first.eval_tokens:,} "
+        f"({first.evaluated_on})\n"
         f"loss: nats per token, mean ± standard error; difference to {against} with the same seed, with a 95 % interval"
     )
     print(f"{'':16}{'parameters':>12}{'multiply-adds':>15}{'×':>6}{'seeds':>7}{'loss':>19}{'difference':>30}", end="")

@@ -50,13 +50,14 @@ def test_cost_and_layer(call):
     assert status == 0, error
     lines = out.splitlines()
     assert lines[0].startswith("64 tokens, cpu, torch.float32, matmul peak ")
-    assert [line[:18].strip() for line in lines[2:]] == ["dense", "sum", "dag L=1 D=4", "dag L=2 D=4"]
-    variants = {"aggregator": "dense"}, {"aggregator": "sum"}, {"dag_depth": 1}, {}
+    plain = ["sum", "shared", "mlp", "coe", "dense"]
+    assert [line[:18].strip() for line in lines[2:]] == [*plain, "dag L=1 D=4", "dag L=2 D=4"]
+    variants = *({"aggregator": name} for name in plain), {"dag_depth": 1}, {}
     for line, changes in zip(lines[2:], variants, strict=True):
         model = GPT(ModelConfig(**SAME | changes))
         assert f"{model.count_parameters().total:,} (" in line
         assert f"{model.multiply_adds_per_token().total:,}" in line
-    assert re.search(r" 1\.00 +[\d.]+ +1\.00 \(1\.00-1\.00\)", lines[3])
+    assert re.search(r" 1\.00 +[\d.]+ +1\.00 \(1\.00-1\.00\)", lines[2])
     status, out, error = call(bench, "layer", "--tokens=32", "--repeats=1", *TINY)
     assert status == 0 and len(out.splitlines()) == 6, error
     cost = GPT(ModelConfig(**SAME | {"aggregator": "sum", "n_layer": 1})).multiply_adds_per_token()

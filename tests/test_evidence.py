@@ -1,0 +1,245 @@
+"""The comparison: its configurations are fair, its statistics right, and a sweep goes on where it was stopped."""
+
+import csv
+import math
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench
+import train
+from model import GPT, ModelConfig
+from sample import load_checkpoint
+from tests.conftest import TINY_RUN, make_corpus
+
+ABLATION = Path(bench.__file__).with_name("configs") / "ablation"
+ARMS = sorted(path.stem for path in ABLATION.glob("*.toml") if path.stem != "base")
+SMALL = [setting for setting in TINY_RUN if "out_dir" not in setting]
+
+
+def settings_of(arm: str) -> dict:
+    return train.read_settings([str(ABLATION / "base.toml"), str(ABLATION / f"{arm}.toml")])
+
+
+def model_of(arm: str) -> GPT:
+    return GPT(train.make_config(ModelConfig, settings_of(arm)))
+
+
+# The arms
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_arms_differ_in_the_aggregator_only(arm):
+    """An arm changes nothing about data, schedule, backbone or router; of the experts only sum_compute their width."""
+    keys = tomllib.loads((ABLATION / f"{arm}.toml").read_text()).keys()
+    allowed = {"aggregator", "shared_dim"} | ({"expert_dim"} if arm == "sum_compute" else set())
+    assert keys and all(key in allowed or key.startswith("dag_") for key in keys)
+    train.make_config(train.TrainConfig, settings_of(arm))
+    train.make_config(ModelConfig, settings_of(arm))
+
+
+def test_equal_parameters_and_equal_compute():
+    """shared has the weights of dag2's matrices; sum_compute and shared_compute its multiply-adds, within 1 %."""
+    sizes = {arm: model_of(arm).count_parameters().total for arm in ARMS}
+    cost = {arm: model_of(arm).multiply_adds_per_token() for arm in ARMS}
+    config = model_of("dag2").config
+    assert sizes["dag2"] - sizes["shared"] == config.n_layer * config.dag_depth * config.n_embd  # the graph's norms
+    for arm in ("sum_compute", "shared_compute"):
+        assert cost[arm].total == pytest.approx(cost["dag2"].total, rel=0.01)
+    assert cost["dense"].total == pytest.approx(cost["sum"].total, rel=0.01)
+    assert cost["coe"].total == pytest.approx(cost["sum"].total, rel=0.01)
+
+
+# The table
+
+
+def evaluation(**changes) -> bench.Evaluation:
+    """One evaluation of a made-up run."""
+    made_up = dict(
+        arm="sum", seed=1, data="d", evaluated_on="v", eval_tokens=100, block_size=16, tokens=1000, parameters=10,
+        active=5, multiply_adds=20, learning_rate=0.1, at_token=1000, val_loss=1.0, tokens_per_s=100.0,
+    )  # fmt: skip
+    return bench.Evaluation(**made_up | changes)
+
+
+def write_results(path: str, rows: list[bench.Evaluation]) -> str:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, bench.Evaluation._fields)
+        writer.writeheader()
+        writer.writerows(row._asdict() for row in rows)
+    return path
+
+
+def test_the_table_is_what_the_logs_say(call):
+    """Means, standard errors, paired differences with their interval, equal time and speed, by hand."""
+    losses = {"sum": [1.0, 1.2, 1.1], "dag": [0.9, 1.15, 1.02]}
+    rows = []
+    for arm, values in losses.items():
+        for seed, loss in enumerate(values, start=1):
+            speed = {"sum": 100.0, "dag": 50.0}[arm]
+            shared = dict(arm=arm, seed=seed, multiply_adds={"sum": 20, "dag": 30}[arm])
+            rows.append(evaluation(**shared, at_token=0, val_loss=5.0, tokens_per_s=None))
+            rows.append(evaluation(**shared, at_token=500, val_loss=2.0, tokens_per_s=speed))
+            rows.append(evaluation(**shared, at_token=1000, val_loss=loss, tokens_per_s=speed))
+    rows.append(evaluation(arm="one", seed=2, val_loss=1.3))
+    path = write_results("a.csv", rows)
+    status, out, error = call(bench, "quality", path)
+    assert status == 0, error
+    table = {line.split()[0]: line for line in out.splitlines()[3:]}
+    assert list(table) == ["dag", "sum", "one"], "the best first"
+    differences = [-0.1, -0.05, -0.08]
+    mean, error = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(3)
+    low, high = mean - 4.303 * error, mean + 4.303 * error
+    assert f"{mean:+.4f} ({low:+.4f} to {high:+.4f})" in table["dag"]
+    assert f"1.0233 ± {statistics.stdev(losses['dag']) / math.sqrt(3):.4f}" in table["dag"]
+    assert "at 10 s" in out, "when the fastest arm is done"
+    assert table["dag"].split()[-3:] == ["2.0000", "50", "0.50"] and table["sum"].split()[-3:] == [
+        "1.1000",
+        "100",
+        "1.00",
+    ]
+    assert " 1.50 " in table["dag"], "multiply-adds"
+    assert "+0.1000" in table["one"] and "±" not in table["one"], "one seed, paired with the same of sum"
+
+    again = call(bench, "quality", path, "--csv=b.csv", "--plot=b.png")
+    assert again[0] == 0 and Path("b.png").read_bytes().startswith(b"\x89PNG")
+    assert call(bench, "quality", "b.csv")[1] == out
+    assert "-0.1000" in call(bench, "quality", path, "--against=one")[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": "other"}, "dag-1 and sum-1 differ in data (other and d)"),
+        ({"tokens": 2000}, "differ in tokens (2000 and 1000)"),
+        ({"evaluated_on": "w"}, "differ in evaluated_on"),
+        ({"eval_tokens": 50}, "differ in eval_tokens"),
+        ({"block_size": 32}, "differ in block_size"),
+        ({"arm": "sum", "seed": 2, "parameters": 11}, "sum-2 and sum-1 differ in parameters (11 and 10)"),
+        ({"arm": "sum", "seed": 2, "learning_rate": 0.2}, "differ in learning_rate (0.2 and 0.1)"),
+    ],
+)
+def test_what_can_not_be_compared_is_refused(refused, changes, message):
+    """Runs unequal in data, tokens or evaluation, and runs of an arm that are not of one arm."""
+    write_results("a.csv", [evaluation(), evaluation(**{"arm": "dag"} | changes)])
+    refused(message, bench, "quality", "a.csv")
+
+
+def test_nonsense_is_refused(refused, workdir):
+    """Files that are no results, runs given twice, no runs, an unknown arm."""
+    good = write_results("a.csv", [evaluation()])
+    refused("sum with seed 1 is there twice, the second time in a.csv", bench, "quality", good, good)
+    refused(
+        "there is no finished run of 'dag' to compare with; there are: sum", bench, "quality", good, "--against=dag"
+    )
+    refused("a.csv holds no weights that could be evaluated on tiny", bench, "quality", good, "--on=tiny")
+    (workdir / "bad.csv").write_text("arm,seed\nsum,x\n")
+    refused("bad.csv is not a file that bench.py quality --csv wrote", bench, "quality", "bad.csv")
+    (workdir / "binary.csv").write_bytes(bytes(range(256)))
+    refused("binary.csv is not a file that bench.py quality --csv wrote", bench, "quality", "binary.csv")
+    (workdir / "empty").mkdir()
+    refused("empty holds no finished run: python bench.py sweep", bench, "quality", "empty")
+    refused("base.toml does not exist: a sweep needs it", bench, "sweep", "empty")
+    refused("--seeds and --jobs must be at least 1", bench, "sweep", ABLATION, "--seeds=0")
+    refused("has no arm 'dag3'; there are: coe, dag1,", bench, "sweep", ABLATION, "--arms", "dag3")
+    refused("--seed=3: the sweep sets that itself", bench, "sweep", ABLATION, "--seed=3")
+    refused("the nearest key is n_layer", bench, "sweep", ABLATION, "--n_layers=3")
+
+
+def test_student_t():
+    """Table values, and the expansion that goes on where the table ends."""
+    assert bench.student_t(2) == 4.303 and bench.student_t(10) == 2.228
+    assert bench.student_t(11) == pytest.approx(2.201, abs=2e-3)
+    assert bench.student_t(30) == pytest.approx(2.042, abs=1e-3)
+
+
+# Runs
+
+
+def test_finished_runs_are_read_from_their_folders(corpus, call, refused):
+    """Rows from log and checkpoint; on another dataset the last weights' loss; what is not finished is named."""
+    for arm, seed, steps in (("sum", 1, 6), ("dag", 1, 6), ("dag", 2, 3)):
+        run = [f"--aggregator={arm}", f"--seed={seed}", f"--out_dir=out/all/{arm}-{seed}", f"--max_steps={steps}"]
+        assert call(train, *SMALL, *run)[0] == 0
+    assert call(train, "--resume", "--out_dir=out/all/dag-2", "--max_steps=5", "--eval_interval=100")[0] == 0
+    status, out, error = call(bench, "quality", "out/all", "--csv=a.csv")
+    assert status == 2 and "dag-2 and dag-1 differ in tokens (320 and 384)" in error
+    checkpoint = load_checkpoint(Path("out/all/dag-2/ckpt.pt"))
+    torch.save(checkpoint | {"step": 3, "log": checkpoint["log"][:1]}, "out/all/dag-2/ckpt.pt")
+    status, out, error = call(bench, "quality", "out/all", "--csv=a.csv")
+    assert status == 0 and "left out, because it is not finished: out/all/dag-2" in error
+    rows = {(row.arm, row.at_token): row for row in bench.read_evaluations(Path("a.csv"))}
+    assert list(rows) == [(arm, tokens) for arm in ("dag", "sum") for tokens in (0, 192, 384)]
+    log = bench.read_rows(Path("out/all/dag-1/log.csv"))
+    assert [rows["dag", int(row["tokens"])].val_loss for row in log] == [float(row["val_loss"]) for row in log]
+    size = GPT(ModelConfig(**load_checkpoint(Path("out/all/dag-1/ckpt.pt"))["model_config"])).count_parameters()
+    assert rows["dag", 384].parameters == size.total and rows["dag", 384].tokens == 384
+
+    make_corpus(Path("more"), documents=20)
+    bench.prepare.prepare(["more"], name="other", encoding="bytes")
+    status, out, error = call(bench, "quality", "out/all", "--on=other", "--csv=b.csv")
+    assert status == 0, error
+    expected = call(train, "--init_from=out/all/dag-1/ckpt.pt", "--eval_only=other", "--eval_tokens=64")[1]
+    loss = {row.arm: row.val_loss for row in bench.read_evaluations(Path("b.csv"))}["dag"]
+    assert f"validation loss {loss:.4f}" in expected
+    Path("out/all/dag-1").rename("out/all/dag-7")
+    refused("out/all/dag-7 should be called ARM-1, for that is its seed", bench, "quality", "out/all")
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_where_it_was_stopped(corpus):
+    """Stopped by SIGTERM and started again it ends with the losses of plain train.py runs and skips what is done."""
+    Path("arms").mkdir()
+    Path("arms/base.toml").write_text("max_steps = 200\neval_interval = 100\n")
+    Path("arms/one.toml").write_text('aggregator = "sum"\n')
+    Path("arms/two.toml").write_text('aggregator = "dag"\n')
+    settings = [s for s in SMALL if not re.match("--(max_steps|eval_interval)", s)]
+    sweep = [sys.executable, bench.__file__, "sweep", "arms", "--seeds=2", "--jobs=2", *settings]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(sweep, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    while not Path("out/arms/two-1/ckpt.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped; the same command goes on" in out, error
+    assert not Path("out/arms/two-2").exists()
+
+    whole = subprocess.run(sweep, capture_output=True, text=True, env=environment)
+    assert whole.returncode == 0 and "4 runs, 0 of them finished already, 2 at a time" in whole.stdout, whole.stderr
+    again = subprocess.run(sweep, capture_output=True, text=True, env=environment)
+    assert again.returncode == 0 and "4 runs, 4 of them finished already" in again.stdout
+    plain = [
+        sys.executable,
+        train.__file__,
+        "arms/base.toml",
+        "arms/two.toml",
+        *settings,
+        "--seed=2",
+        "--out_dir=out/x",
+    ]
+    assert subprocess.run(plain, capture_output=True, env=environment).returncode == 0
+    ours, theirs = (bench.read_rows(Path(f"out/{name}/log.csv"))[-1] for name in ("arms/two-2", "x"))
+    assert {k: v for k, v in ours.items() if k != "tokens_per_s"} == {
+        k: v for k, v in theirs.items() if k != "tokens_per_s"
+    }
+
+    # Each arm may start from its own weights; a run that fails is named, the others are done.
+    more = [*sweep, "--out=out/more", "--init_from=out/arms/{arm}-{seed}", "--max_steps=250"]
+    Path("out/arms/one-2/best.pt").unlink()
+    Path("out/arms/one-2/ckpt.pt").unlink()
+    failed = subprocess.run(more, capture_output=True, text=True, env=environment)
+    assert failed.returncode == 2 and "1 of 4 runs failed: out/more/one-2; see train.log there" in failed.stderr
+    assert "out/more/one-2 failed: error: out/arms/one-2" in failed.stdout + failed.stderr
+    assert (len(list(Path("out/more").glob("*/ckpt.pt")))) == 3
+    changed = subprocess.run([*sweep, "--learning_rate=0.1"], capture_output=True, text=True, env=environment)
+    assert changed.returncode == 2 and "with another learning_rate (was 0.01, now 0.1)" in changed.stderr
