@@ -552,7 +552,7 @@ def collect_runs(paths: list[Path], dataset: str | None) -> dict[str, dict[int, 
                 evaluations = evaluations_of(folder, dataset)
                 found += evaluations
                 if not evaluations:
-                    print(f"left out, because it is not finished: {folder}", file=sys.stderr)
+                    tqdm.write(f"left out, because it is not finished: {folder}", file=sys.stderr)
         if not found:
             raise UserError(f"{path} holds no finished run: python bench.py sweep configs/ablation --out {path}")
         new = {}

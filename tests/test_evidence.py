@@ -4,6 +4,7 @@ import csv
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -191,6 +192,7 @@ def test_finished_runs_are_read_from_their_folders(corpus, call, refused):
     expected = call(train, "--init_from=out/all/dag-1/ckpt.pt", "--eval_only=other", "--eval_tokens=64")[1]
     loss = {row.arm: row.val_loss for row in bench.read_evaluations(Path("b.csv"))}["dag"]
     assert f"validation loss {loss:.4f}" in expected
+    shutil.rmtree("out/all/dag-2")
     Path("out/all/dag-1").rename("out/all/dag-7")
     refused("out/all/dag-7 should be called ARM-1, for that is its seed", bench, "quality", "out/all")
 
