@@ -414,7 +414,16 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def bench_sweep(folder: Path, arms: list[str], seeds: int, jobs: int, out: Path, settings: list[str]) -> None:
+def seed_range(text: str) -> range:
+    """5 is seeds 1 to 5, 4-5 is 4 and 5. Raises UserError."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)", text)
+    seeds = range(int(match[1] or 1), int(match[2]) + 1) if match else ()
+    if not seeds:
+        raise UserError(f"--seeds must be a number, for seeds 1 to that, or a range such as 4-5, got {text!r}")
+    return seeds
+
+
+def bench_sweep(folder: Path, arms: list[str], seeds: range, jobs: int, out: Path, settings: list[str]) -> None:
     """Run train.py for every arm and seed, `jobs` at a time; skip what is finished, go on with what was stopped.
 
     `settings` are added to every command line, after {arm} and {seed} in them are filled in. What a run prints is in
@@ -425,7 +434,7 @@ def bench_sweep(folder: Path, arms: list[str], seeds: int, jobs: int, out: Path,
         if setting.split("=")[0] in ("--seed", "--out_dir", "--resume", "--eval_only"):
             raise UserError(f"{setting}: the sweep sets that itself; see --seeds and --out")
     commands, steps = {}, {}
-    for seed in range(1, seeds + 1):  # seed by seed, so that an unfinished sweep can be compared, too
+    for seed in seeds:  # seed by seed, so that an unfinished sweep can be compared, too
         for arm, path in files.items():
             filled = [setting.replace("{arm}", arm).replace("{seed}", str(seed)) for setting in settings]
             arguments = [str(folder / "base.toml"), str(path), f"--seed={seed}", *filled]
@@ -434,7 +443,8 @@ def bench_sweep(folder: Path, arms: list[str], seeds: int, jobs: int, out: Path,
             out_dir = out / f"{arm}-{seed}"
             if not is_finished(out_dir, arguments):
                 commands[out_dir], steps[out_dir] = arguments, config.max_steps
-    print(f"{len(files) * seeds} runs, {len(files) * seeds - len(commands)} of them finished already, {jobs} at a time")
+    runs = len(files) * len(seeds)
+    print(f"{runs} runs, {runs - len(commands)} of them finished already, {jobs} at a time")
 
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     stop, running, failed, waiting = train.StopRequest(), {}, [], list(commands)
@@ -731,7 +741,7 @@ def main() -> None:
     sweep.add_argument("folder", type=Path, help="base.toml and a config file per arm, such as configs/ablation")
     sweep.add_argument("settings", nargs="*", metavar="SETTING", help="as for train.py; {arm} and {seed} are filled in")
     sweep.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these (default: all)")
-    sweep.add_argument("--seeds", type=int, default=5, help="seeds 1 to this number (default: 5)")
+    sweep.add_argument("--seeds", default="5", help="seeds 1 to this number, or a range such as 4-5 (default: 5)")
     sweep.add_argument("--jobs", type=int, default=1, help="trainings at once, each with its part of the cores")
     sweep.add_argument("--out", type=Path, help="folder of the runs' folders (default: out/ and the folder's name)")
     quality = what.add_parser("quality", help="one table of what became of a sweep")
@@ -763,10 +773,10 @@ def main() -> None:
             raise UserError("--new-tokens and --repeats must be at least 1")
         bench_sample(args.path, args.new_tokens, args.repeats, args.device)
     elif args.what == "sweep":
-        if min(args.seeds, args.jobs) < 1:
-            raise UserError("--seeds and --jobs must be at least 1")
+        if args.jobs < 1:
+            raise UserError("--jobs must be at least 1")
         out = args.out or Path("out", args.folder.resolve().name)
-        bench_sweep(args.folder, args.arms, args.seeds, args.jobs, out, [*args.settings, *rest])
+        bench_sweep(args.folder, args.arms, seed_range(args.seeds), args.jobs, out, [*args.settings, *rest])
     elif args.what == "quality":
         bench_quality(args.paths, args.against, args.on, args.csv, args.plot)
     elif args.what == "memory":

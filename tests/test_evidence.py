@@ -150,10 +150,17 @@ def test_nonsense_is_refused(refused, workdir):
     (workdir / "empty").mkdir()
     refused("empty holds no finished run: python bench.py sweep", bench, "quality", "empty")
     refused("base.toml does not exist: a sweep needs it", bench, "sweep", "empty")
-    refused("--seeds and --jobs must be at least 1", bench, "sweep", ABLATION, "--seeds=0")
+    for seeds in ("0", "5-4", "-1", "two", ""):
+        refused("--seeds must be a number, for seeds 1 to that, or", bench, "sweep", ABLATION, f"--seeds={seeds}")
+    refused("--jobs must be at least 1", bench, "sweep", ABLATION, "--jobs=0")
     refused("has no arm 'dag3'; there are: coe, dag1,", bench, "sweep", ABLATION, "--arms", "dag3")
     refused("--seed=3: the sweep sets that itself", bench, "sweep", ABLATION, "--seed=3")
     refused("the nearest key is n_layer", bench, "sweep", ABLATION, "--n_layers=3")
+
+
+def test_seeds():
+    """A number counts from 1, a range is what it says."""
+    assert list(bench.seed_range("3")) == [1, 2, 3] and list(bench.seed_range("4-5")) == [4, 5]
 
 
 def test_student_t():
