@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import prepare
+import sample
 import train
 from model import GPT, ModelConfig, balance_loss
 from tests.conftest import TINY_RUN
@@ -476,6 +477,22 @@ def test_upcycling_a_sum_gives_a_dag_of_the_same_loss(corpus, call, gate):
     assert load("out/dag/ckpt.pt")["model_config"]["dag_dim"] == 8
 
 
+@pytest.mark.parametrize("aggregator", ["shared", "mlp", "coe", "dense"])
+def test_baselines_train_stop_resume_and_sample(corpus, call, aggregator):
+    """The whole way from data to text, with the same log after a stop as without; every router is in the log."""
+    settings = (*TINY_RUN, f"--aggregator={aggregator}")
+    assert call(train, *settings, "--out_dir=out/whole")[0] == 0
+    assert call(train, *settings, "--max_steps=3")[0] == 0
+    assert call(train, "--resume", "--out_dir=out/tiny", "--max_steps=6")[0] == 0
+    last = load("out/tiny/ckpt.pt")
+    assert last["log"][-1]["step"] == 6 and last["log"][-1]["tokens_per_s"] > 0
+    assert float(read_log("out/whole/log.csv")[-1]["val_loss"]) < float(read_log("out/whole/log.csv")[0]["val_loss"])
+    assert (aggregator == "dense") == (last["log"][-1]["z"] == 0)
+    assert 1 / 4 <= last["log"][-1]["max_expert_share"] <= 1
+    status, text, error = call(sample, "out/tiny", "--max-new-tokens=20", "--device=cpu")
+    assert status == 0 and text, error
+
+
 def test_what_init_from_refuses(corpus, call, refused):
     """Another shape, a dag as a sum, another encoding, no checkpoint, one whose weights do not fit."""
     tuned = (*TINY_RUN, "--out_dir=out/tuned", "--init_from=out/tiny")
@@ -490,6 +507,18 @@ def test_what_init_from_refuses(corpus, call, refused):
     )
     refused("another n_head (there 2, here 1)", train, *tuned, "--n_head=1")
     refused("another aggregator (there 'dag', here 'sum')", train, *tuned, "--aggregator=sum")
+    assert call(train, *TINY_RUN, "--aggregator=sum", "--out_dir=out/sum")[0] == 0
+    for other in (
+        "shared",
+        "mlp",
+        "coe",
+        "dense",
+    ):  # of these only mlp would begin with the same loss, and no one asked
+        refused(
+            f"another aggregator (there 'sum', here '{other}')",
+            train,
+            *(*TINY_RUN, "--out_dir=out/tuned", "--init_from=out/sum", f"--aggregator={other}"),
+        )
     refused("another vocab_size (there 257, here 300)", train, *tuned, "--vocab_size=300")
     meta = Path("data/tiny/meta.json")
     text = meta.read_text()
