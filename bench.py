@@ -745,7 +745,9 @@ def main() -> None:
     sweep.add_argument("--jobs", type=int, default=1, help="trainings at once, each with its part of the cores")
     sweep.add_argument("--out", type=Path, help="folder of the runs' folders (default: out/ and the folder's name)")
     quality = what.add_parser("quality", help="one table of what became of a sweep")
-    quality.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="a sweep's folder, or a file of --csv")
+    quality.add_argument(
+        "paths", type=Path, nargs="*", metavar="PATH", help="sweeps' folders, files of --csv (default: out/ablation)"
+    )
     quality.add_argument("--against", default="sum", metavar="ARM", help="the arm to compare with (default: sum)")
     quality.add_argument("--on", metavar="DATASET", help="evaluate the last weights on this dataset instead")
     quality.add_argument("--csv", type=Path, metavar="FILE.csv", help="write all evaluations there")
@@ -778,7 +780,7 @@ def main() -> None:
         out = args.out or Path("out", args.folder.resolve().name)
         bench_sweep(args.folder, args.arms, seed_range(args.seeds), args.jobs, out, [*args.settings, *rest])
     elif args.what == "quality":
-        bench_quality(args.paths, args.against, args.on, args.csv, args.plot)
+        bench_quality(args.paths or [Path("out/ablation")], args.against, args.on, args.csv, args.plot)
     elif args.what == "memory":
         if min(args.sizes) < 1:
             raise UserError(f"--sizes must be at least 1, got {min(args.sizes)}")
