@@ -321,6 +321,7 @@ class DepthRecord(NamedTuple):
     message: Tensor  # (S, K, K) ‖m_ij‖
     update: Tensor  # (S, K) ‖W_up Σ_j m_ij‖, what node i is changed by
     node: Tensor  # (S, K) ‖n_i‖ before the change
+    cosine: Tensor  # (S, K, K) between the directions of n_i and n_j: 1 where two nodes hold the same
 
     @property
     def relative_update(self) -> Tensor:
@@ -437,12 +438,14 @@ class DAGLayer(nn.Module):
     def record(self, node: Tensor) -> DepthRecord:
         """node (S, K, C) → what the messages to it look like, edge by edge."""
         parts = self.parts(*self.down(node))
+        direction = F.normalize(node.float(), dim=-1)
         gates, messages = zip(*(self.edges_from(j, *parts) for j in range(node.shape[1])), strict=True)
         return DepthRecord(
             edge_gate=torch.stack([e.float().mean(dim=-1) for e in gates], dim=-1),
             message=torch.stack([m.float().norm(dim=-1) for m in messages], dim=-1),
             update=self.w_up(sum(messages)).float().norm(dim=-1),
             node=node.float().norm(dim=-1),
+            cosine=direction @ direction.mT,
         )
 
 

@@ -326,6 +326,7 @@ class GraphStatistics(NamedTuple):
     spread: float  # standard deviation of that over tokens and edges
     self_gate: float  # mean gate of the edges from a node to itself
     self_share: float  # share of what a node receives that comes from itself
+    cosine: float  # between two different nodes; NaN with K = 1
     incoming: float  # effective number of a node's incoming edges, 1 / Σ_j share_ij²: 1 to K
     update: float  # ‖W_up Σ_j m_ij‖ / ‖n_i‖
     beyond: float  # of the layer: ‖h' - h - Σ_i g_i E_i(x)‖ / ‖h' - h‖
@@ -336,7 +337,8 @@ def graph_statistics(model: GPT, tokens: np.ndarray) -> list[list[GraphStatistic
     """Statistics per layer and depth over evenly spaced windows of the tokens, about STATISTICS_TOKENS in all."""
     c, device = model.config, model.embed.weight.device
     offsets = spaced_offsets(tokens, c.block_size, STATISTICS_TOKENS)
-    means = torch.zeros(c.n_layer, c.dag_depth, 7, device=device)
+    means = torch.zeros(c.n_layer, c.dag_depth, 8, device=device)
+    different = ~torch.eye(c.top_k, dtype=torch.bool, device=device)
     strength, count = torch.zeros(2, c.n_layer, c.dag_depth, c.n_expert**2, device=device)
     for start in tqdm(range(0, len(offsets), 8), unit="batch", leave=False, disable=not sys.stderr.isatty()):
         windows = cut_windows(tokens, offsets[start : start + 8], c.block_size, c.vocab_size)
@@ -351,6 +353,7 @@ def graph_statistics(model: GPT, tokens: np.ndarray) -> list[list[GraphStatistic
                     depth.edge_gate.square(),
                     depth.edge_gate.diagonal(dim1=1, dim2=2),
                     share.diagonal(dim1=1, dim2=2),
+                    depth.cosine[:, different],
                     torch.where(concentration > 0, 1 / concentration, 0.0),
                     depth.relative_update,
                     layer.share_beyond_sum,
@@ -375,7 +378,9 @@ def print_statistics(statistics: list[list[GraphStatistics]], K: int) -> None:
         f"{'layer':>5}{'depth':>6}{'gate ± spread':>18}{'to itself':>11}{'to others':>11}{'share to itself':>17}",
         end="",
     )
-    print(f"{'edges in':>10}{'update':>8}{'beyond sum':>12}  strongest pairs, × the mean of all pairs")
+    print(
+        f"{'nodes alike':>13}{'edges in':>10}{'update':>8}{'beyond sum':>12}  strongest pairs, × the mean of all pairs"
+    )
     for i, depths in enumerate(statistics):
         for d, row in enumerate(depths):
             others = f"{(K * row.gate - row.self_gate) / (K - 1):11.3f}" if K > 1 else f"{'-':>11}"
@@ -389,8 +394,10 @@ def print_statistics(statistics: list[list[GraphStatistics]], K: int) -> None:
             ]
             print(
                 f"{i + 1:>5}{d + 1:>6}{row.gate:>10.3f} ± {row.spread:.3f}{row.self_gate:>11.3f}{others}"
-                f"{row.self_share:>17.2f}{row.incoming:>10.2f}{row.update:>8.3f}{row.beyond:>12.3f}  {', '.join(pairs)}"
+                f"{row.self_share:>17.2f}{row.cosine:>13.2f}"
+                f"{row.incoming:>10.2f}{row.update:>8.3f}{row.beyond:>12.3f}  {', '.join(pairs)}"
             )
+    print("Nodes alike: the mean cosine between two nodes of a token; at 1 all K hold the same.")
     print(f"An edge whose share is as large as all others' has 1/K = {1 / K:.2f}; 'edges in' then is K = {K}.")
 
 

@@ -260,6 +260,8 @@ def test_records_are_the_equations_edge_by_edge(gate_name):
                     edge = torch.cat([z[i], z[j]])
                     e = sigma(layer.w_edge.weight @ edge)
                     m = e * (layer.w_node.weight @ edge)
+                    cosine = nodes[i] @ nodes[j] / nodes[i].norm() / nodes[j].norm()
+                    assert record.cosine[s, i, j].item() == pytest.approx(cosine.item(), rel=1e-4)
                     assert record.edge_gate[s, i, j].item() == pytest.approx(e.mean().item(), rel=1e-4)
                     assert record.message[s, i, j].item() == pytest.approx(m.norm().item(), rel=1e-4)
                     total = total + m

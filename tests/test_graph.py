@@ -216,7 +216,7 @@ def test_statistics_equal_a_plain_loop(workdir, call, save):
     tokens = prepare.open_dataset("code").val
     statistics = sample.graph_statistics(model, tokens)
     offsets = prepare.spaced_offsets(tokens, 64, sample.STATISTICS_TOKENS)
-    gates, self_gates, incoming, updates, beyond, pairs = ([] for _ in range(6))
+    gates, self_gates, incoming, updates, beyond, pairs, cosines = ([] for _ in range(7))
     for offset in offsets:
         records = []
         with torch.no_grad():
@@ -229,6 +229,8 @@ def test_statistics_equal_a_plain_loop(workdir, call, save):
                 updates.append((depth.update[s, i] / depth.node[s, i]).item())
                 for j in range(3):
                     gates.append(depth.edge_gate[s, i, j].item())
+                    if i != j:
+                        cosines.append(depth.cosine[s, i, j].item())
                     if i == j:
                         self_gates.append(gates[-1])
                     if layer.expert[s, i] == 2 and layer.expert[s, j] == 4:
@@ -237,6 +239,7 @@ def test_statistics_equal_a_plain_loop(workdir, call, save):
     row = statistics[1][1]
     assert row.gate == pytest.approx(np.mean(gates), rel=1e-4) and row.spread == pytest.approx(np.std(gates), rel=1e-2)
     assert row.self_gate == pytest.approx(np.mean(self_gates), rel=1e-4)
+    assert row.cosine == pytest.approx(np.mean(cosines), rel=1e-4)
     assert row.incoming == pytest.approx(np.mean(incoming), rel=1e-4)
     assert row.update == pytest.approx(np.mean(updates), rel=1e-4)
     assert row.beyond == pytest.approx(np.mean(beyond), rel=1e-4)
@@ -248,7 +251,7 @@ def test_statistics_equal_a_plain_loop(workdir, call, save):
     status, out, error = call(sample, save(model), "--dag-stats=code")
     assert status == 0, error
     lines = out.splitlines()
-    assert lines[0].split()[:2] == ["layer", "depth"] and len(lines) == 6
+    assert lines[0].split()[:2] == ["layer", "depth"] and len(lines) == 7
     assert lines[4].split()[:5] == ["2", "2", f"{row.gate:.3f}", "±", f"{row.spread:.3f}"]
     assert Path("dag-code.png").read_bytes().startswith(b"\x89PNG")
 
