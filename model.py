@@ -42,6 +42,7 @@ VERSION = "0.1.0"  # written into every checkpoint
 NORM_EPS = 1e-5  # inside every RMSNorm
 INIT_STD = 0.02  # of every weight matrix, before the exceptions in GPT.init_weights
 GATES = {"sigmoid": torch.sigmoid, "silu": F.silu, "none": torch.ones_like}  # σ of Eq. 9
+RESIDUALS = ("1/K", "full", "none", "outside")  # where h goes in Eq. 6; only the first is the paper's
 AGGREGATORS = ("sum", "shared", "mlp", "coe", "dense", "dag")
 
 
@@ -77,7 +78,9 @@ class ModelConfig:
     dag_depth: int = 2  # L, depth of the graph
     dag_dim: int = 32  # D, width of the graph's messages, and of those of `mlp`
     dag_gate: str = "sigmoid"  # edge gate of Eq. 9: sigmoid | silu | none (all edges open)
-    dag_residual: str = "1/K"  # share of h in each node of Eq. 6: 1/K | full (all of it) | none
+    dag_residual: str = (
+        "1/K"  # h in each node of Eq. 6: 1/K | full (all of it) | none | outside (none, but added to h')
+    )
     dag_zero_init: bool = True  # W_up starts at zero; false: as small as what else writes into h
 
     def __post_init__(self):
@@ -97,7 +100,7 @@ class ModelConfig:
         for name, known in (
             ("aggregator", AGGREGATORS),
             ("dag_gate", GATES),
-            ("dag_residual", ("1/K", "full", "none")),
+            ("dag_residual", RESIDUALS),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -462,15 +465,16 @@ class DAGAggregator(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(DAGLayer(config) for _ in range(config.dag_depth))
         K = config.top_k
-        # What each node has of h, and what all K have of it together; only the first is the paper's.
-        self.share, self.shares = {"1/K": (1 / K, 1), "full": (1, K), "none": (0, 0)}[config.dag_residual]
+        # How much of h each node has, and how much h' has: as much as all K nodes together, except for "outside".
+        shares = {"1/K": (1 / K, 1), "full": (1, K), "none": (0, 0), "outside": (0, 1)}
+        self.share_in_node, self.share_in_all = shares[config.dag_residual]
 
     def forward(self, h: Tensor, out: Tensor, gate: Tensor, depths: list[DepthRecord] | None = None) -> Tensor:
         """h (S, C), out (S, K, C), gate (S, K) → (S, C). Adds a DepthRecord per depth to `depths`, if given."""
         weighted = gate.unsqueeze(-1).to(out.dtype) * out  # (S, K, C)
         # Eq. 6. Departure (the paper leaves it open): h is the residual stream itself, whose K shares add up to one.
-        node = weighted + (self.share * h).unsqueeze(1).to(out.dtype)
-        h = self.shares * h + weighted.sum(dim=1)
+        node = weighted + (self.share_in_node * h).unsqueeze(1).to(out.dtype)
+        h = self.share_in_all * h + weighted.sum(dim=1)
         for layer in self.layers:
             if depths is not None:
                 depths.append(layer.record(node))

@@ -35,7 +35,7 @@ def plain_dag(aggregator: DAGAggregator, gate_name: str, h, out, gate, residual:
     """Eq. 6 to 12 as the paper writes them: every concatenation of two nodes is built. (S, C), (S, K, C), (S, K)."""
     K = out.shape[1]
     sigma = {"sigmoid": torch.sigmoid, "silu": lambda x: x * torch.sigmoid(x)}.get(gate_name)
-    part_of_h = {"1/K": h / K, "full": h, "none": 0 * h}[residual]
+    part_of_h = {"1/K": h / K, "full": h, "none": 0 * h, "outside": 0 * h}[residual]
     nodes = [gate[:, i, None] * out[:, i] + part_of_h for i in range(K)]  # Eq. 6
     for layer in aggregator.layers:
         z = [rms_norm(n, layer.norm.weight) @ layer.w_down.weight.T for n in nodes]  # Eq. 7
@@ -48,7 +48,7 @@ def plain_dag(aggregator: DAGAggregator, gate_name: str, h, out, gate, residual:
                 total = total + e * (edge @ layer.w_node.weight.T)  # Eq. 10
             new.append(nodes[i] + total @ layer.w_up.weight.T)  # Eq. 11
         nodes = new
-    return sum(nodes)  # Eq. 12
+    return sum(nodes) + (h if residual == "outside" else 0)  # Eq. 12
 
 
 def plain_mlp(mixing: MLPMixing, h, out, gate):

@@ -6,6 +6,7 @@ import torch
 from bench import kept_bytes
 from model import (
     AGGREGATORS,
+    RESIDUALS,
     GPT,
     ChainOfExperts,
     DAGAggregator,
@@ -42,7 +43,7 @@ def random_inputs(config, tokens: int, dtype: torch.dtype) -> dict[str, torch.Te
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
     ("gate_name", "residual"),
-    [("sigmoid", "1/K"), ("silu", "1/K"), ("none", "1/K"), ("sigmoid", "full"), ("sigmoid", "none")],
+    [("sigmoid", "1/K"), ("silu", "1/K"), ("none", "1/K"), *(("sigmoid", name) for name in RESIDUALS[1:])],
 )
 @pytest.mark.parametrize(("depth", "top_k"), [(1, 1), (1, 4), (2, 2), (3, 3)])
 def test_dag_equals_the_papers_equations(depth, top_k, gate_name, residual, dtype):

@@ -500,7 +500,7 @@ def test_multiply_add_formulas(changes):
         ({"rope_theta": float("nan")}, r"rope_theta must be a number above 1, got nan"),
         ({"aggregator": "mean"}, r"aggregator must be one of sum, shared, mlp, coe, dense, dag, got 'mean'"),
         ({"dag_gate": "relu"}, r"dag_gate must be one of sigmoid, silu, none, got 'relu'"),
-        ({"dag_residual": "h"}, r"dag_residual must be one of 1/K, full, none, got 'h'"),
+        ({"dag_residual": "h"}, r"dag_residual must be one of 1/K, full, none, outside, got 'h'"),
         ({"aggregator": "coe", "top_k": 3}, r"top_k \(3\) must be even for coe"),
     ],
 )
