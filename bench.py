@@ -1,7 +1,7 @@
 """Measure, side by side: first the cost, then, at the end of the file, what it buys.
 
 python bench.py cost                  # the quick start's training step with each aggregator; or another CONFIG's
-python bench.py layer                 # one feed-forward layer with each aggregator; --growth: how that grows
+python bench.py layer                 # one feed-forward layer: dense, sum and dag; --growth: how that grows
 python bench.py prepare               # prepare.py against tiktoken alone, on the standard library's text
 python bench.py prepare novels/       # the same on other text
 python bench.py memory                # peak memory of prepare.py on a small and on a large corpus
@@ -16,8 +16,11 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import hashlib
 import io
 import itertools
+import json
+import math
 import os
 import re
 import resource
@@ -108,7 +111,8 @@ def bench_memory(encoding_name: str, sizes: list[int]) -> None:
 def bench_loop(arguments: list[str], steps: int, repeats: int) -> None:
     """Print tokens/s of train.py and of a bare loop over the same model that does nothing but compute."""
     settings = train.read_settings(arguments)
-    config, data = train.make_config(train.TrainConfig, settings), train.open_dataset(settings["dataset"])
+    config = train.make_config(train.TrainConfig, settings)
+    data = train.open_dataset(config.dataset)
     model_config = train.make_config(ModelConfig, {"vocab_size": data.meta["vocab_size"]} | settings)
     device = choose_device(config.device)
     cast = autocast(device, choose_dtype(config.dtype, device))
@@ -381,37 +385,13 @@ def compare(what: str, ours: list[float], theirs: list[float]) -> str:
 def arm_files(folder: Path, wanted: list[str]) -> dict[str, Path]:
     """Config files of the arms, by name: those wanted, or all but base.toml. Raises UserError."""
     files = {path.stem: path for path in sorted(folder.glob("*.toml"))}
-    if "base" not in files:
-        raise UserError(f"{folder / 'base.toml'} does not exist: a sweep needs it, and a file per arm beside it")
+    if len(files) < 2 or "base" not in files:
+        raise UserError(f"{folder} must hold base.toml, and beside it a file per arm, to be swept")
     del files["base"]
     for name in wanted:
         if name not in files:
             raise UserError(f"{folder} has no arm {name!r}; there are: {', '.join(files)}")
     return {name: files[name] for name in wanted} if wanted else files
-
-
-def is_finished(out_dir: Path, arguments: list[str]) -> bool:
-    """Whether the run in out_dir has done all its steps. Raises UserError if it was another one than wanted."""
-    if not (out_dir / "ckpt.pt").exists():
-        return False
-    settings = train.read_settings([*arguments, f"--out_dir={out_dir}"])
-    config, data = train.make_config(train.TrainConfig, settings), train.open_dataset(settings["dataset"])
-    checkpoint = train.load_to_resume(out_dir)
-    model_config = train.make_config(ModelConfig, {"vocab_size": data.meta["vocab_size"]} | settings)
-    train.check_resume(out_dir / "ckpt.pt", checkpoint, config, model_config, data)
-    return checkpoint["step"] == config.max_steps
-
-
-def steps_done(out_dir: Path) -> int:
-    """The step of the last evaluation of a run, 0 if there was none."""
-    path = out_dir / "log.csv"
-    return int(read_rows(path)[-1]["step"]) if path.exists() else 0
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def seed_range(text: str) -> range:
@@ -421,6 +401,35 @@ def seed_range(text: str) -> range:
     if not seeds:
         raise UserError(f"--seeds must be a number, for seeds 1 to that, or a range such as 4-5, got {text!r}")
     return seeds
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def steps_done(out_dir: Path) -> int:
+    """The step of the last evaluation of a run, 0 if there was none."""
+    path = out_dir / "log.csv"
+    rows = read_rows(path) if path.exists() else []
+    return int(rows[-1]["step"]) if rows else 0
+
+
+def is_finished(out_dir: Path, arguments: list[str]) -> bool:
+    """Whether the run in out_dir has made its last evaluation. Raises UserError if it is another run than wanted."""
+    if not (out_dir / "ckpt.pt").exists():
+        return False
+    checkpoint = train.load_to_resume(out_dir)
+    settings = checkpoint["model_config"] | train.read_settings([*arguments, f"--out_dir={out_dir}"])
+    config, model_config = (train.make_config(kind, settings) for kind in (train.TrainConfig, ModelConfig))
+    changed = train.check_resume(
+        out_dir / "ckpt.pt", checkpoint, config, model_config, train.open_dataset(config.dataset)
+    )
+    changed = [text for text in changed if text.split()[0] not in ("device", "compile")]
+    if changed:  # --resume would take it, but the arms' schedules would differ
+        raise UserError(f"{out_dir} was begun with another {', '.join(changed)}: choose another --out")
+    return steps_done(out_dir) == config.max_steps
 
 
 def bench_sweep(folder: Path, arms: list[str], seeds: range, jobs: int, out: Path, settings: list[str]) -> None:
@@ -446,15 +455,17 @@ def bench_sweep(folder: Path, arms: list[str], seeds: range, jobs: int, out: Pat
     runs = len(files) * len(seeds)
     print(f"{runs} runs, {runs - len(commands)} of them finished already, {jobs} at a time")
 
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    environment = threads | os.environ | {"PYTHONUNBUFFERED": "1"}  # an error is the last line of train.log
+    done = {out_dir: steps_done(out_dir) for out_dir in commands}
     stop, running, failed, waiting = train.StopRequest(), {}, [], list(commands)
     bar = tqdm(
         total=sum(steps.values()),
-        initial=sum(map(steps_done, commands)),
+        initial=sum(done.values()),
         unit="step",
         mininterval=0.5 if sys.stderr.isatty() else 60,
     )
-    with bar as progress:
+    try:
         while running or (waiting and not stop.seen):
             while waiting and len(running) < jobs and not stop.seen:
                 out_dir = waiting.pop(0)
@@ -465,20 +476,27 @@ def bench_sweep(folder: Path, arms: list[str], seeds: range, jobs: int, out: Pat
                     running[out_dir] = subprocess.Popen(
                         command, env=environment, stdout=log, stderr=log, start_new_session=True
                     )
-            time.sleep(0.2)
-            for process in running.values() if stop.seen else ():
-                process.terminate()  # it finishes its step and saves
+            time.sleep(0.5)
+            if stop.seen:
+                break
             for out_dir, process in list(running.items()):
-                if (process.wait() if stop.seen else process.poll()) is None:
+                done[out_dir] = steps_done(out_dir)
+                if process.poll() is None:
                     continue
                 del running[out_dir]
-                if process.returncode and not stop.seen:
-                    failed.append(str(out_dir))
-                    last = (out_dir / "train.log").read_text(errors="replace").strip().splitlines()[-1]
-                    tqdm.write(f"{out_dir} failed: {last}")
-                elif not stop.seen:
+                if process.returncode == 0 and done[out_dir] == steps[out_dir]:
                     tqdm.write(f"{out_dir}: validation loss {read_rows(out_dir / 'log.csv')[-1]['val_loss']}")
-            progress.update(sum(map(steps_done, commands)) - progress.n)
+                else:
+                    failed.append(str(out_dir))
+                    said = (out_dir / "train.log").read_text(errors="replace").strip().splitlines() or ["nothing"]
+                    tqdm.write(f"{out_dir} ended with status {process.returncode}, and said: {said[-1]}")
+            bar.update(sum(done.values()) - bar.n)
+    finally:
+        for process in running.values():
+            process.terminate()  # it finishes its step and saves
+        for process in running.values():
+            process.wait()
+        bar.close()
     if stop.seen:
         print("stopped; the same command goes on")
     if failed:
@@ -492,9 +510,10 @@ class Evaluation(NamedTuple):
     seed: int
     data: str  # beginning of the checksum of the training tokens
     evaluated_on: str  # the same of the validation tokens
-    eval_tokens: int  # how many of them
-    block_size: int
-    tokens: int  # that the run is trained on in all
+    eval_tokens: int  # how many of them, about
+    tokens: int  # that the run is to be trained on in all
+    training: str  # checksum of all settings of the training but seed and learning rate
+    model: str  # checksum of the model's settings
     parameters: int
     active: int  # parameters that a token uses
     multiply_adds: int  # per token, of a forward pass
@@ -504,51 +523,81 @@ class Evaluation(NamedTuple):
     tokens_per_s: float | None  # since the evaluation before
 
 
-EQUAL = ("data", "evaluated_on", "eval_tokens", "block_size", "tokens")  # what all runs of a table must share
-OF_AN_ARM = ("parameters", "multiply_adds", "learning_rate")  # what all runs of an arm must share
+Runs = dict[str, dict[int, list[Evaluation]]]  # by arm and seed, the evaluations in their order
+EQUAL = ("data", "evaluated_on", "eval_tokens", "tokens", "training")  # what all runs of a table must share
+OF_AN_ARM = ("model", "learning_rate")  # what all runs of an arm must share
+FREE = {"seed", "learning_rate", "min_lr", "out_dir", "device", "compile", "resume", "init_from", "eval_only"}
 
 
 def evaluations_of(out_dir: Path, dataset: str | None) -> list[Evaluation]:
-    """What is in a finished run's folder; nothing if the run is not finished. Raises UserError.
+    """What is in a run's folder. Raises UserError.
 
     With a dataset, the only evaluation is one on that dataset, made now, with the run's last weights.
     """
     model, checkpoint = load_model(out_dir / "ckpt.pt", choose_device("auto"))
     config, log = train.make_config(train.TrainConfig, checkpoint["train_config"]), checkpoint["log"]
-    if not log or log[-1]["step"] != config.max_steps:
-        return []
     arm, _, seed = out_dir.name.rpartition("-")
-    if seed != str(config.seed):
+    if not arm or seed != str(config.seed):
         raise UserError(f"{out_dir} should be called ARM-{config.seed}, for that is its seed")
+
+    def checksum(settings: dict) -> str:
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
     size = model.count_parameters()
     run = Evaluation(
-        arm=arm, seed=config.seed, data=str(checkpoint["data"]["train"])[:12],
-        evaluated_on=str(checkpoint["data"]["val"])[:12], eval_tokens=config.eval_tokens,
-        block_size=model.config.block_size, tokens=log[-1]["tokens"], parameters=size.total, active=size.active,
-        multiply_adds=model.multiply_adds_per_token().total, learning_rate=config.learning_rate,
-        at_token=log[-1]["tokens"], val_loss=log[-1]["val_loss"], tokens_per_s=log[-1]["tokens_per_s"],
-    )  # fmt: skip
+        arm=arm,
+        seed=config.seed,
+        data=str(checkpoint["data"]["train"])[:12],
+        evaluated_on=str(checkpoint["data"]["val"])[:12],
+        eval_tokens=config.eval_tokens,
+        tokens=config.max_steps * train.tokens_per_step(model.config, config),
+        training=checksum({key: value for key, value in dataclasses.asdict(config).items() if key not in FREE}),
+        model=checksum(dataclasses.asdict(model.config)),
+        parameters=size.total,
+        active=size.active,
+        multiply_adds=model.multiply_adds_per_token().total,
+        learning_rate=config.learning_rate,
+        at_token=0,
+        val_loss=math.nan,
+        tokens_per_s=None,
+    )
+    rows = [
+        run._replace(at_token=row["tokens"], val_loss=row["val_loss"], tokens_per_s=row["tokens_per_s"]) for row in log
+    ]
     if dataset is None:
-        keys = ("val_loss", "tokens_per_s")
-        return [run._replace(at_token=row["tokens"], **{key: row[key] for key in keys}) for row in log]
+        return rows
+    if not rows or not finished(rows):
+        return []
     data, device = train.open_dataset(dataset), model.embed.weight.device
     data.check_fits(checkpoint["encoding"], model.config.vocab_size, model.config.block_size)
     loss = train.evaluate(model, data, config, autocast(device, choose_dtype(config.dtype, device)))["val_loss"]
-    return [run._replace(evaluated_on=str(data.fingerprint["val"])[:12], val_loss=loss)]
+    return [rows[-1]._replace(evaluated_on=str(data.fingerprint["val"])[:12], val_loss=loss)]
+
+
+def finished(run: list[Evaluation]) -> bool:
+    """Whether a run has been evaluated after its last token."""
+    return run[-1].at_token == run[-1].tokens
 
 
 def read_evaluations(path: Path) -> list[Evaluation]:
     """The rows of a file that `quality --csv` wrote. Raises UserError."""
+    kinds = {name: float if kind == float | None else kind for name, kind in Evaluation.__annotations__.items()}
     try:
-        rows = read_rows(path)
-        kinds = {name: float if kind == float | None else kind for name, kind in Evaluation.__annotations__.items()}
-        return [Evaluation(**{key: kinds[key](value) if value else None for key, value in row.items()}) for row in rows]
-    except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
+        rows = [
+            Evaluation(**{
+                key: None if key == "tokens_per_s" and not text else kinds[key](text) for key, text in row.items()
+            })
+            for row in read_rows(path)
+        ]  # fmt: skip
+        if not all(row.arm and math.isfinite(row.val_loss) and row.tokens > 0 for row in rows):
+            raise ValueError("a row without arm, loss or tokens")
+        return rows
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise UserError(f"{path} is not a file that bench.py quality --csv wrote ({type(error).__name__})") from error
 
 
-def collect_runs(paths: list[Path], dataset: str | None) -> dict[str, dict[int, list[Evaluation]]]:
-    """The evaluations of all finished runs, by arm and seed. Raises UserError if they can't be compared."""
+def collect_runs(paths: list[Path], dataset: str | None) -> Runs:
+    """The evaluations of all runs, by arm and seed. Raises UserError if they can't be compared."""
     runs = {}
     for path in paths:
         if path.is_file() and dataset:
@@ -556,34 +605,41 @@ def collect_runs(paths: list[Path], dataset: str | None) -> dict[str, dict[int, 
         if path.is_file():
             found = read_evaluations(path)
         else:
-            folders = sorted(ckpt.parent for ckpt in path.glob("*/ckpt.pt"))
-            found = []
-            for folder in tqdm(folders, unit="run", leave=False, disable=not folders):
-                evaluations = evaluations_of(folder, dataset)
-                found += evaluations
-                if not evaluations:
-                    tqdm.write(f"left out, because it is not finished: {folder}", file=sys.stderr)
+            folders = sorted(checkpoint.parent for checkpoint in path.glob("*/ckpt.pt"))
+            with tqdm(folders, unit="run", leave=False, disable=not folders) as bar:
+                found = [row for folder in bar for row in evaluations_of(folder, dataset)]
         if not found:
-            raise UserError(f"{path} holds no finished run: python bench.py sweep configs/ablation --out {path}")
-        new = {}
+            raise UserError(f"{path} holds no runs: python bench.py sweep configs/ablation --out {path}")
+        there = {(row.arm, row.seed) for row in found} & {(arm, seed) for arm in runs for seed in runs[arm]}
+        if there:
+            raise UserError(f"{'{}-{}'.format(*min(there))} is there twice, the second time in {path}")
         for row in found:
-            new.setdefault((row.arm, row.seed), []).append(row)
-        for (arm, seed), rows in new.items():
-            if seed in runs.setdefault(arm, {}):
-                raise UserError(f"{arm} with seed {seed} is there twice, the second time in {path}")
-            runs[arm][seed] = rows
+            runs.setdefault(row.arm, {}).setdefault(row.seed, []).append(row)
+    for seeds in runs.values():
+        for rows in seeds.values():
+            rows.sort(key=lambda row: row.at_token)
+    check_comparable(runs)
+    return runs
+
+
+def check_comparable(runs: Runs) -> None:
+    """Raise UserError, naming two runs and what differs, unless all their losses can be compared."""
     first = next(iter(next(iter(runs.values())).values()))[0]
     for arm, seeds in runs.items():
-        for names, other in ((EQUAL, first), (OF_AN_ARM, next(iter(seeds.values()))[0])):
-            for row in (row for rows in seeds.values() for row in rows):
-                for name in names:
-                    ours, theirs = getattr(row, name), getattr(other, name)
-                    if ours != theirs:
-                        raise UserError(
-                            f"{arm}-{row.seed} and {other.arm}-{other.seed} differ in {name} ({ours} and {theirs}), so "
-                            "their losses can't be compared"
-                        )
-    return runs
+        first_of_arm = next(iter(seeds.values()))
+        for seed, rows in seeds.items():
+            for row in rows:
+                for names, other in ((EQUAL, first), (OF_AN_ARM, first_of_arm[0])):
+                    for name in names:
+                        ours, theirs = getattr(row, name), getattr(other, name)
+                        if ours != theirs:
+                            raise UserError(
+                                f"{arm}-{seed} and {other.arm}-{other.seed} differ in {name} ({ours} and {theirs}), so "
+                                "their losses can't be compared"
+                            )
+            points, others = ([row.at_token for row in run] for run in (rows, first_of_arm))
+            if points != others[: len(points)] and points[: len(others)] != others:
+                raise UserError(f"{arm}-{seed} was evaluated at other steps than {arm}-{first_of_arm[0].seed}")
 
 
 def student_t(degrees: int) -> float:
@@ -604,9 +660,8 @@ def mean_and_error(values: list[float]) -> tuple[float, float | None]:
 
 def curve(runs: dict[int, list[Evaluation]]) -> list[tuple[int, float]]:
     """(tokens, loss) of an arm, the mean over its seeds."""
-    return [
-        (rows[0].at_token, statistics.fmean(row.val_loss for row in rows)) for rows in zip(*runs.values(), strict=True)
-    ]
+    rows = zip(*runs.values(), strict=True)
+    return [(same_time[0].at_token, statistics.fmean(row.val_loss for row in same_time)) for same_time in rows]
 
 
 def speed(runs: dict[int, list[Evaluation]]) -> float | None:
@@ -615,57 +670,82 @@ def speed(runs: dict[int, list[Evaluation]]) -> float | None:
     return statistics.median(measured) if measured else None
 
 
+def differences(runs: Runs, arm: str, against: str) -> list[float]:
+    """Final loss of an arm less that of `against`, for each seed that both have."""
+    common = [seed for seed in runs[arm] if seed in runs[against]]
+    return [runs[arm][seed][-1].val_loss - runs[against][seed][-1].val_loss for seed in common]
+
+
+def interval(values: list[float]) -> tuple[float, float | None]:
+    """Mean, and half the width of its 95 % interval, None for a single value."""
+    mean, error = mean_and_error(values)
+    return mean, None if error is None else student_t(len(values) - 1) * error
+
+
 def bench_quality(
     paths: list[Path], against: str, dataset: str | None, csv_path: Path | None, plot: Path | None
 ) -> None:
     """Print what became of a sweep: a row per arm. Losses are means over seeds, differences are of pairs of a seed."""
-    runs = collect_runs(paths, dataset)
+    everything = collect_runs(paths, dataset)
+    runs = {arm: {seed: rows for seed, rows in seeds.items() if finished(rows)} for arm, seeds in everything.items()}
+    runs = {arm: seeds for arm, seeds in runs.items() if seeds}
     if against not in runs:
-        raise UserError(f"there is no finished run of {against!r} to compare with; there are: {', '.join(runs)}")
-    final = {arm: {seed: rows[-1].val_loss for seed, rows in seeds.items()} for arm, seeds in runs.items()}
+        raise UserError(f"there is no finished run of {against!r} to compare with; there are: {', '.join(runs) or '-'}")
+    final = {arm: [rows[-1].val_loss for rows in seeds.values()] for arm, seeds in runs.items()}
     speeds = {arm: speed(seeds) for arm, seeds in runs.items()}
     first = next(iter(runs[against].values()))[-1]
-    # The time at which the fastest arm is done; the others' learning rate is still higher then.
-    seconds = first.tokens / max(speeds.values()) if all(speeds.values()) and not dataset else None
-    at_time = "" if seconds is None else f"at {seconds:.0f} s"
+    timed = all(speeds.values()) and not dataset
+    seconds = first.tokens / max(speeds.values()) if timed else 0.0  # when the fastest arm is done
     print(
-        f"trained on {first.tokens:,} tokens ({first.data}), evaluated on {first.eval_tokens:,} "
+        f"trained on {first.tokens:,} tokens ({first.data}), evaluated on about {first.eval_tokens:,} "
         f"({first.evaluated_on})\n"
         f"loss: nats per token, mean ± standard error; difference to {against} with the same seed, with a 95 % interval"
     )
     print(f"{'':16}{'parameters':>12}{'multiply-adds':>15}{'×':>6}{'seeds':>7}{'loss':>19}{'difference':>30}", end="")
-    print(f"{at_time:>11}{'tokens/s':>10}{'×':>6}")
-    for arm in sorted(runs, key=lambda arm: statistics.fmean(final[arm].values())):
+    print(f"{f'at {seconds:.0f} s':>11}{'tokens/s':>10}{'×':>6}" if timed else "")
+    for arm in sorted(runs, key=lambda arm: statistics.fmean(final[arm])):
         row = next(iter(runs[arm].values()))[-1]
-        mean, error = mean_and_error(list(final[arm].values()))
+        mean, error = mean_and_error(final[arm])
         loss = f"{mean:.4f}" + ("" if error is None else f" ± {error:.4f}")
-        pairs = [final[arm][seed] - final[against][seed] for seed in final[arm] if seed in final[against]]
-        difference = "-"
+        pairs, difference = differences(runs, arm, against), "-"
         if pairs and arm != against:
-            mean, error = mean_and_error(pairs)
-            half = None if error is None else student_t(len(pairs) - 1) * error
+            mean, half = interval(pairs)
             difference = f"{mean:+.4f}" + ("" if half is None else f" ({mean - half:+.4f} to {mean + half:+.4f})")
-        then = ""
-        if seconds is not None:
-            tokens, losses = zip(*curve(runs[arm]), strict=True)
-            then = f"{np.interp(seconds * speeds[arm], tokens, losses):.4f}"
-        pace = f"{speeds[arm]:,.0f}{speeds[arm] / speeds[against]:6.2f}" if all(speeds.values()) else "-"
         print(
             f"{arm:16}{row.parameters:12,}{row.multiply_adds:15,}{row.multiply_adds / first.multiply_adds:6.2f}"
-            f"{len(final[arm]):7}{loss:>19}{difference:>30}{then:>11}{pace:>16}"
+            f"{len(final[arm]):7}{loss:>19}{difference:>30}",
+            end="",
         )
+        if timed:
+            tokens, losses = zip(*curve(runs[arm]), strict=True)
+            then = np.interp(seconds * speeds[arm], tokens, losses)
+            print(f"{then:11.4f}{speeds[arm]:10,.0f}{speeds[arm] / speeds[against]:6.2f}", end="")
+        print()
+    if timed:
+        print(
+            f"At {seconds:.0f} s the fastest arm is done; slower ones are in mid-schedule, at a higher learning rate "
+            "(interpolated)."
+        )
+    if len({row[-1].learning_rate for seeds in runs.values() for row in seeds.values()}) > 1:
+        rates = (f"{arm} {next(iter(seeds.values()))[0].learning_rate}" for arm, seeds in runs.items())
+        print(f"Learning rates: {', '.join(rates)}.")
+    for arm, seeds in everything.items():
+        for seed, rows in seeds.items():
+            if not finished(rows):
+                print(f"Left out: {arm}-{seed}, at {rows[-1].at_token:,} tokens, with loss {rows[-1].val_loss:.4f}.")
+        lone = sorted(set(runs.get(arm, {})) - set(runs[against]))
+        if lone:
+            print(f"Without a pair: {arm} with seed {', '.join(map(str, lone))}.")
     if csv_path:
-        rows = [row._asdict() for seeds in runs.values() for evaluations in seeds.values() for row in evaluations]
+        rows = [row._asdict() for seeds in everything.values() for evaluations in seeds.values() for row in evaluations]
         csv_path.parent.mkdir(parents=True, exist_ok=True)
         train.write_log(csv_path, rows, list(Evaluation._fields))
         print(f"wrote {csv_path}")
     if plot:
-        draw_quality(plot, runs, final, against)
+        draw_quality(plot, runs, against)
 
 
-def draw_quality(
-    path: Path, runs: dict[str, dict[int, list[Evaluation]]], final: dict[str, dict[int, float]], against: str
-) -> None:
+def draw_quality(path: Path, runs: Runs, against: str) -> None:
     """Differences with their intervals, and the losses against tokens, compute and time, as PNG."""
     try:
         import matplotlib
@@ -676,27 +756,27 @@ def draw_quality(
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, 2, figsize=(13, 9), layout="constrained")
-    differences, by_tokens, by_compute, by_time = axes.flat
-    arms = sorted(runs, key=lambda arm: -statistics.fmean(final[arm].values()))  # the best one on top
+    to_other, by_tokens, by_compute, by_time = axes.flat
+    losses = {arm: [rows[-1].val_loss for rows in seeds.values()] for arm, seeds in runs.items()}
+    arms = sorted(runs, key=lambda arm: -statistics.fmean(losses[arm]))  # the best one on top
     for i, arm in enumerate(arms):
         color = pyplot.colormaps["tab20"](i % 20)
-        pairs = [final[arm][seed] - final[against][seed] for seed in final[arm] if seed in final[against]]
+        pairs = differences(runs, arm, against)
         if pairs:
-            mean, error = mean_and_error(pairs)
-            half = None if error is None else student_t(len(pairs) - 1) * error
-            differences.errorbar(mean, i, xerr=half, fmt="o", color=color, capsize=4)
-            differences.plot(pairs, [i] * len(pairs), "|", color=color, markersize=10)
-        tokens, losses = zip(*curve(runs[arm])[1:] or curve(runs[arm]), strict=True)  # the untrained loss left out
+            mean, half = interval(pairs)
+            to_other.errorbar(mean, i, xerr=half, fmt="o", color=color, capsize=4)
+            to_other.plot(pairs, [i] * len(pairs), "|", color=color, markersize=10)
+        tokens, means = zip(*curve(runs[arm])[1:] or curve(runs[arm]), strict=True)  # the untrained loss left out
         compute = 3 * next(iter(runs[arm].values()))[0].multiply_adds
         pace = speed(runs[arm])
         style = {"color": color, "marker": ".", "linestyle": "-" if i % 2 else "--", "label": arm}
-        by_tokens.plot([t / 1e6 for t in tokens], losses, **style)
-        by_compute.plot([t * compute / 1e12 for t in tokens], losses, **style)
+        by_tokens.plot([t / 1e6 for t in tokens], means, **style)
+        by_compute.plot([t * compute / 1e12 for t in tokens], means, **style)
         if pace:
-            by_time.plot([t / pace for t in tokens], losses, **style)
-    differences.axvline(0, color="gray", linewidth=1)
-    differences.set(yticks=range(len(arms)), yticklabels=arms, xlabel="nats per token; left of 0 is better")
-    differences.set_title(f"difference to {against}, same seed: mean, 95 % interval, each seed")
+            by_time.plot([t / pace for t in tokens], means, **style)
+    to_other.axvline(0, color="gray", linewidth=1)
+    to_other.set(yticks=range(len(arms)), yticklabels=arms, xlabel="nats per token; left of 0 is better")
+    to_other.set_title(f"difference to {against}, same seed: mean, 95 % interval, each seed")
     for axis, label in (
         (by_tokens, "million tokens"),
         (by_compute, "multiply-adds, forward and backward, in 10¹²"),
@@ -722,7 +802,7 @@ def main() -> None:
     memory = what.add_parser("memory", help="peak memory of prepare.py")
     memory.add_argument("--sizes", type=int, nargs="+", default=[200, 1000], help="in MB (default: 200 1000)")
     cost = what.add_parser("cost", help="a training step with each aggregator")
-    layer = what.add_parser("layer", help="one feed-forward layer with each aggregator")
+    layer = what.add_parser("layer", help="one feed-forward layer: dense, sum and dag")
     for either in (cost, layer):
         either.add_argument("settings", nargs="*", metavar="SETTING", help="as for train.py")
         either.add_argument("--repeats", type=int, default=5, help="how often each is timed (default: 5)")

@@ -6,7 +6,7 @@ router and experts and replaces the sum: the K outputs become the nodes of a gra
 each node receives a message from every node of the depth before, through gates that a light module computes per token.
 
 Read from top to bottom. Equation numbers are the paper's; what differs from it is marked "Departure" here and listed in
-README.md. Every layer of the network does, between attention and the next layer, just this (class MoE):
+README.md. Between its attention and the next layer, every layer of a DAG-MoE or a standard MoE does this (class MoE):
 
     x = RMSNorm(h)                            # (S, C)
     gate, expert, stats = router(x)           # (S, K), (S, K)
@@ -24,7 +24,8 @@ Symbols, here and in every shape comment:
     gate, g      g      router weight of a slot     |  node            n_i^l  node i at depth l, i = 1..K
     out          E(x)   output of a slot's expert   |  w_down, w_edge, w_node, w_up: W_down, W_edge, W_node, W_up
 
-Beside the DAG stand the baselines that it is compared with, all of them a value of the setting `aggregator`.
+Beside the DAG stand the baselines that it is compared with, each a value of the setting `aggregator`; two of them put
+something else in the place of class MoE: ChainOfExperts and Dense. Who reads for the DAG alone may skip them.
 """
 
 import math
@@ -41,7 +42,7 @@ from torch.utils.checkpoint import checkpoint
 VERSION = "0.1.0"  # written into every checkpoint
 NORM_EPS = 1e-5  # inside every RMSNorm
 INIT_STD = 0.02  # of every weight matrix, before the exceptions in GPT.init_weights
-GATES = {"sigmoid": torch.sigmoid, "silu": F.silu, "none": torch.ones_like}  # σ of Eq. 9
+GATES = {"sigmoid": torch.sigmoid, "silu": F.silu, "none": None}  # σ of Eq. 9
 RESIDUALS = ("1/K", "full", "none", "outside")  # where h goes in Eq. 6; only the first is the paper's
 AGGREGATORS = ("sum", "shared", "mlp", "coe", "dense", "dag")
 
@@ -78,9 +79,7 @@ class ModelConfig:
     dag_depth: int = 2  # L, depth of the graph
     dag_dim: int = 32  # D, width of the graph's messages, and of those of `mlp`
     dag_gate: str = "sigmoid"  # edge gate of Eq. 9: sigmoid | silu | none (all edges open)
-    dag_residual: str = (
-        "1/K"  # h in each node of Eq. 6: 1/K | full (all of it) | none | outside (none, but added to h')
-    )
+    dag_residual: str = "1/K"  # h in a node of Eq. 6: 1/K | full (all of it) | none | outside (none, added at the end)
     dag_zero_init: bool = True  # W_up starts at zero; false: as small as what else writes into h
 
     def __post_init__(self):
@@ -204,7 +203,7 @@ class RouterStats(NamedTuple):
     """What a router did with S tokens. In Output the same of all routers, stacked along a first dimension."""
 
     prob: Tensor  # (E) P_e, mean probability of each expert
-    load: Tensor  # (E) slots assigned to each expert, summing to S·K; without gradient
+    load: Tensor  # (E) slots assigned to each expert, summing to S times its K; without gradient
     z: Tensor  # () z-loss: mean of logsumexp(logits)²
     max_logit: Tensor  # () largest logit by absolute value, without gradient
 
@@ -245,7 +244,7 @@ class Router(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """W_down (SiLU(W_gate x) ⊙ W_up x): one feed-forward network, for all tokens (Shazeer 2020)."""
+    """down(SiLU(gate x) ⊙ up x): one feed-forward network, for all tokens (Shazeer 2020)."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
@@ -362,6 +361,7 @@ class MLPMixing(nn.Module):
     """The paper's ungated control: the weighted sum, and an MLP over all K nodes in the order of their slots.
 
     h' = Σ_i n_i + W_up GELU(W_mix concat(z_1, ..., z_K)), with n_i and z_i as in Eq. 6 and 7, and W_up = 0 at first.
+    Departure: the norm of Eq. 7, of which the paper's description of this control says nothing.
     """
 
     def __init__(self, config: ModelConfig):
@@ -405,22 +405,25 @@ class DAGLayer(nn.Module):
         z = F.linear(node, self.w_down.weight * self.norm.weight)
         return z, scale.to(z.dtype)
 
-    def parts(self, z: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """edge_to, edge_from, node_to, node_from, each (S, K, D): every node's part in the edges that it has."""
+    def parts(self, z: Tensor, scale: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+        """edge_to, edge_from (None without gates), node_to, node_from, each (S, K, D): a node's part in its edges."""
         z = z * scale
         # Eq. 8: W concat(z_i, z_j) = W₁ z_i + W₂ z_j, so four D×D products per node serve all K² edges.
         node_to, node_from = (F.linear(z, w) for w in self.w_node.weight.chunk(2, dim=1))
-        if self.w_edge is None:  # ungated: torch.ones_like wants to know no more than a shape
-            return node_to, node_from, node_to, node_from
+        if self.gate_function is None:
+            return None, None, node_to, node_from
         edge_to, edge_from = (F.linear(z, w) for w in self.w_edge.weight.chunk(2, dim=1))
         return edge_to, edge_from, node_to, node_from
 
     def edges_from(
-        self, j: int, edge_to: Tensor, edge_from: Tensor, node_to: Tensor, node_from: Tensor
+        self, j: int, edge_to: Tensor | None, edge_from: Tensor | None, node_to: Tensor, node_from: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The edges from node j to all nodes i: e_ij and m_ij, each (S, K, D)."""
+        content = node_to + node_from[:, j : j + 1]
+        if self.gate_function is None:  # every edge is open
+            return content.new_ones(()).expand_as(content), content
         e = self.gate_function(edge_to + edge_from[:, j : j + 1])  # Eq. 9: a gate for each of D channels
-        return e, e * (node_to + node_from[:, j : j + 1])  # Eq. 10
+        return e, e * content  # Eq. 10
 
     def exchange(self, z: Tensor, scale: Tensor, last: bool) -> Tensor:
         """From what `down` returns to what `forward` returns: all edges, their sum at each node, and W_up."""
@@ -459,6 +462,7 @@ class DAGAggregator(nn.Module):
     The sum of the nodes is carried along in `h` instead: Σ_i n_i⁰ = h + Σ_i g_i E_i(x), the standard MoE, and each
     depth adds its Σ_i to it. That is the same function, keeps the residual stream's precision when nodes are bfloat16,
     and spares the last depth K - 1 of its K applications of W_up. With W_up = 0 this is WeightedSum exactly.
+    (Ablations: `dag_residual` gives the nodes more of h, or nothing.)
     """
 
     def __init__(self, config: ModelConfig):
@@ -684,7 +688,7 @@ class GPT(nn.Module):
         """tokens (B, T), continuing what `cache` holds → final normalised states (B, T, C), RouterStats of all routers.
 
         pad (B): how many tokens at the start of each row, cached ones included, are padding that nobody looks at.
-        Adds a LayerRecord per layer to `records`, if given: how the experts were combined, for pictures and statistics.
+        Adds a LayerRecord per MoE to `records`, if given: how the experts were combined, for pictures and statistics.
         """
         start = cache[0].length if cache else 0
         end = start + tokens.shape[1]

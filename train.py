@@ -161,7 +161,7 @@ def read_settings(argv: list[str]) -> dict:
             help = (comments[f.name] + default).replace("%", "%%")
             group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar=value, type=kind, help=help)
     argv = [f"{argument}=true" if argument in flags else argument for argument in argv]  # --compile: --compile=true
-    arguments, unknown = parser.parse_known_args(argv)
+    arguments, unknown = parser.parse_known_intermixed_args(argv)
     for argument in unknown:
         raise UserError(unknown_key(argument.removeprefix("--").split("=")[0], argument, known))
     settings = vars(arguments)
@@ -387,7 +387,7 @@ def check_init(path: Path, checkpoint: dict, model_config: ModelConfig) -> None:
     may_change = {"block_size"}
     old = asdict(ModelConfig()) | checkpoint["model_config"]  # a key that the checkpoint's version did not have yet
     if old["aggregator"] == "sum" and model_config.aggregator in ("sum", "dag"):
-        may_change |= {key for key in old if key.startswith("dag_")} | {"aggregator", "shared_dim"}
+        may_change |= {"aggregator", "dag_depth", "dag_dim", "dag_gate"}
     changed = [
         f"{key} (there {old[key]!r}, here {new!r})"
         for key, new in asdict(model_config).items()

@@ -6,8 +6,8 @@ import torch
 from bench import kept_bytes
 from model import (
     AGGREGATORS,
-    RESIDUALS,
     GPT,
+    RESIDUALS,
     ChainOfExperts,
     DAGAggregator,
     MLPMixing,

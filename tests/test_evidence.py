@@ -66,8 +66,8 @@ def test_equal_parameters_and_equal_compute():
 def evaluation(**changes) -> bench.Evaluation:
     """One evaluation of a made-up run."""
     made_up = dict(
-        arm="sum", seed=1, data="d", evaluated_on="v", eval_tokens=100, block_size=16, tokens=1000, parameters=10,
-        active=5, multiply_adds=20, learning_rate=0.1, at_token=1000, val_loss=1.0, tokens_per_s=100.0,
+        arm="sum", seed=1, data="d", evaluated_on="v", eval_tokens=100, tokens=1000, training="t", model="m",
+        parameters=10, active=5, multiply_adds=20, learning_rate=0.1, at_token=1000, val_loss=1.0, tokens_per_s=100.0,
     )  # fmt: skip
     return bench.Evaluation(**made_up | changes)
 
@@ -91,25 +91,34 @@ def test_the_table_is_what_the_logs_say(call):
             rows.append(evaluation(**shared, at_token=0, val_loss=5.0, tokens_per_s=None))
             rows.append(evaluation(**shared, at_token=500, val_loss=2.0, tokens_per_s=speed))
             rows.append(evaluation(**shared, at_token=1000, val_loss=loss, tokens_per_s=speed))
-    rows.append(evaluation(arm="one", seed=2, val_loss=1.3))
+    rows.append(evaluation(arm="one", seed=2, val_loss=1.3, learning_rate=0.2))
+    rows.append(evaluation(arm="dag", seed=4, multiply_adds=30, at_token=0, val_loss=5.0, tokens_per_s=None))
+    rows.append(evaluation(arm="dag", seed=4, multiply_adds=30, at_token=500, val_loss=9.0))
+    rows.append(evaluation(arm="one", seed=5, val_loss=1.5, learning_rate=0.2))
+    rows.reverse()  # the order of a file's rows does not matter
     path = write_results("a.csv", rows)
     status, out, error = call(bench, "quality", path)
     assert status == 0, error
-    table = {line.split()[0]: line for line in out.splitlines()[3:]}
+    table = {line.split()[0]: line for line in out.splitlines()[3:6]}
     assert list(table) == ["dag", "sum", "one"], "the best first"
+    assert out.splitlines()[6:] == [
+        "At 10 s the fastest arm is done; slower ones are in mid-schedule, at a higher learning rate (interpolated).",
+        "Learning rates: one 0.2, dag 0.1, sum 0.1.",
+        "Without a pair: one with seed 5.",
+        "Left out: dag-4, at 500 tokens, with loss 9.0000.",
+    ]
     differences = [-0.1, -0.05, -0.08]
     mean, error = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(3)
     low, high = mean - 4.303 * error, mean + 4.303 * error
     assert f"{mean:+.4f} ({low:+.4f} to {high:+.4f})" in table["dag"]
     assert f"1.0233 ± {statistics.stdev(losses['dag']) / math.sqrt(3):.4f}" in table["dag"]
-    assert "at 10 s" in out, "when the fastest arm is done"
     assert table["dag"].split()[-3:] == ["2.0000", "50", "0.50"] and table["sum"].split()[-3:] == [
         "1.1000",
         "100",
         "1.00",
     ]
     assert " 1.50 " in table["dag"], "multiply-adds"
-    assert "+0.1000" in table["one"] and "±" not in table["one"], "one seed, paired with the same of sum"
+    assert "+0.1000" in table["one"] and "(" not in table["one"], "one pair, with the same seed of sum"
 
     again = call(bench, "quality", path, "--csv=b.csv", "--plot=b.png")
     assert again[0] == 0 and Path("b.png").read_bytes().startswith(b"\x89PNG")
@@ -124,8 +133,9 @@ def test_the_table_is_what_the_logs_say(call):
         ({"tokens": 2000}, "differ in tokens (2000 and 1000)"),
         ({"evaluated_on": "w"}, "differ in evaluated_on"),
         ({"eval_tokens": 50}, "differ in eval_tokens"),
-        ({"block_size": 32}, "differ in block_size"),
-        ({"arm": "sum", "seed": 2, "parameters": 11}, "sum-2 and sum-1 differ in parameters (11 and 10)"),
+        ({"training": "u"}, "differ in training"),
+        ({"arm": "sum", "seed": 2, "model": "n"}, "sum-2 and sum-1 differ in model (n and m)"),
+        ({"arm": "sum", "seed": 2, "at_token": 999, "tokens": 1000}, "sum-2 was evaluated at other steps than sum-1"),
         ({"arm": "sum", "seed": 2, "learning_rate": 0.2}, "differ in learning_rate (0.2 and 0.1)"),
     ],
 )
@@ -138,18 +148,24 @@ def test_what_can_not_be_compared_is_refused(refused, changes, message):
 def test_nonsense_is_refused(refused, workdir):
     """Files that are no results, runs given twice, no runs, an unknown arm."""
     good = write_results("a.csv", [evaluation()])
-    refused("sum with seed 1 is there twice, the second time in a.csv", bench, "quality", good, good)
+    refused("sum-1 is there twice, the second time in a.csv", bench, "quality", good, good)
     refused(
         "there is no finished run of 'dag' to compare with; there are: sum", bench, "quality", good, "--against=dag"
     )
     refused("a.csv holds no weights that could be evaluated on tiny", bench, "quality", good, "--on=tiny")
     (workdir / "bad.csv").write_text("arm,seed\nsum,x\n")
     refused("bad.csv is not a file that bench.py quality --csv wrote", bench, "quality", "bad.csv")
+    for column, value in (("val_loss", ""), ("val_loss", "nan"), ("arm", ""), ("seed", "x"), ("arm", "a" * 200_000)):
+        write_results("bad.csv", [evaluation(), evaluation(**{"seed": 2, column: value})])
+        refused("bad.csv is not a file that bench.py quality --csv wrote", bench, "quality", "bad.csv")
+    (workdir / "empty.csv").touch()
+    refused("empty.csv holds no runs", bench, "quality", "empty.csv")
+    refused("nowhere holds no runs", bench, "quality", "nowhere")
     (workdir / "binary.csv").write_bytes(bytes(range(256)))
     refused("binary.csv is not a file that bench.py quality --csv wrote", bench, "quality", "binary.csv")
     (workdir / "empty").mkdir()
-    refused("empty holds no finished run: python bench.py sweep", bench, "quality", "empty")
-    refused("base.toml does not exist: a sweep needs it", bench, "sweep", "empty")
+    refused("empty holds no runs: python bench.py sweep", bench, "quality", "empty")
+    refused("empty must hold base.toml, and beside it a file per arm", bench, "sweep", "empty")
     for seeds in ("0", "5-4", "-1", "two", ""):
         refused("--seeds must be a number, for seeds 1 to that, or", bench, "sweep", ABLATION, f"--seeds={seeds}")
     refused("--jobs must be at least 1", bench, "sweep", ABLATION, "--jobs=0")
@@ -178,19 +194,18 @@ def test_finished_runs_are_read_from_their_folders(corpus, call, refused):
     for arm, seed, steps in (("sum", 1, 6), ("dag", 1, 6), ("dag", 2, 3)):
         run = [f"--aggregator={arm}", f"--seed={seed}", f"--out_dir=out/all/{arm}-{seed}", f"--max_steps={steps}"]
         assert call(train, *SMALL, *run)[0] == 0
-    assert call(train, "--resume", "--out_dir=out/all/dag-2", "--max_steps=5", "--eval_interval=100")[0] == 0
-    status, out, error = call(bench, "quality", "out/all", "--csv=a.csv")
-    assert status == 2 and "dag-2 and dag-1 differ in tokens (320 and 384)" in error
+    refused("dag-2 and dag-1 differ in tokens (192 and 384)", bench, "quality", "out/all")
     checkpoint = load_checkpoint(Path("out/all/dag-2/ckpt.pt"))
-    torch.save(checkpoint | {"step": 3, "log": checkpoint["log"][:1]}, "out/all/dag-2/ckpt.pt")
+    checkpoint["train_config"]["max_steps"] = 6  # as if it had been stopped
+    torch.save(checkpoint, "out/all/dag-2/ckpt.pt")
     status, out, error = call(bench, "quality", "out/all", "--csv=a.csv")
-    assert status == 0 and "left out, because it is not finished: out/all/dag-2" in error
-    rows = {(row.arm, row.at_token): row for row in bench.read_evaluations(Path("a.csv"))}
-    assert list(rows) == [(arm, tokens) for arm in ("dag", "sum") for tokens in (0, 192, 384)]
+    assert status == 0 and "Left out: dag-2, at 192 tokens" in out, error
+    rows = {(row.arm, row.seed, row.at_token): row for row in bench.read_evaluations(Path("a.csv"))}
+    assert set(rows) == {("dag", 2, 0), ("dag", 2, 192)} | {(a, 1, n) for a in ("dag", "sum") for n in (0, 192, 384)}
     log = bench.read_rows(Path("out/all/dag-1/log.csv"))
-    assert [rows["dag", int(row["tokens"])].val_loss for row in log] == [float(row["val_loss"]) for row in log]
+    assert [rows["dag", 1, int(row["tokens"])].val_loss for row in log] == [float(row["val_loss"]) for row in log]
     size = GPT(ModelConfig(**load_checkpoint(Path("out/all/dag-1/ckpt.pt"))["model_config"])).count_parameters()
-    assert rows["dag", 384].parameters == size.total and rows["dag", 384].tokens == 384
+    assert rows["dag", 1, 384].parameters == size.total and rows["dag", 1, 192].tokens == 384
 
     make_corpus(Path("more"), documents=20)
     bench.prepare.prepare(["more"], name="other", encoding="bytes")
@@ -213,7 +228,8 @@ def test_a_sweep_goes_on_where_it_was_stopped(corpus):
     Path("arms/two.toml").write_text('aggregator = "dag"\n')
     settings = [s for s in SMALL if not re.match("--(max_steps|eval_interval)", s)]
     sweep = [sys.executable, bench.__file__, "sweep", "arms", "--seeds=2", "--jobs=2", *settings]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    environment |= {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(sweep, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     while not Path("out/arms/two-1/ckpt.pt").exists():
         assert process.poll() is None
@@ -248,7 +264,11 @@ def test_a_sweep_goes_on_where_it_was_stopped(corpus):
     Path("out/arms/one-2/ckpt.pt").unlink()
     failed = subprocess.run(more, capture_output=True, text=True, env=environment)
     assert failed.returncode == 2 and "1 of 4 runs failed: out/more/one-2; see train.log there" in failed.stderr
-    assert "out/more/one-2 failed: error: out/arms/one-2" in failed.stdout + failed.stderr
+    assert "out/more/one-2 ended with status 2, and said: error: out/arms/one-2" in failed.stdout + failed.stderr
     assert (len(list(Path("out/more").glob("*/ckpt.pt")))) == 3
-    changed = subprocess.run([*sweep, "--learning_rate=0.1"], capture_output=True, text=True, env=environment)
-    assert changed.returncode == 2 and "with another learning_rate (was 0.01, now 0.1)" in changed.stderr
+    for change, message in (
+        ("--learning_rate=0.1", "with another learning_rate (was 0.01, now 0.1)"),
+        ("--max_steps=300", "out/arms/two-1 was begun with another max_steps (was 200, now 300): choose another --out"),
+    ):
+        changed = subprocess.run([*sweep, "--arms", "two", change], capture_output=True, text=True, env=environment)
+        assert changed.returncode == 2 and message in changed.stderr, changed.stderr

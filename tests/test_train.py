@@ -519,6 +519,12 @@ def test_what_init_from_refuses(corpus, call, refused):
             train,
             *(*TINY_RUN, "--out_dir=out/tuned", "--init_from=out/sum", f"--aggregator={other}"),
         )
+    upcycled = (*TINY_RUN, "--out_dir=out/tuned", "--init_from=out/sum", "--aggregator=dag")
+    for change, message in (
+        ("--dag_zero_init=false", "another dag_zero_init (there True, here False)"),
+        ("--dag_residual=full", "another dag_residual (there '1/K', here 'full')"),
+    ):  # the old model's loss would not be the first one
+        refused(message, train, *upcycled, change)
     refused("another vocab_size (there 257, here 300)", train, *tuned, "--vocab_size=300")
     meta = Path("data/tiny/meta.json")
     text = meta.read_text()
@@ -723,6 +729,10 @@ def test_settings_come_from_defaults_config_and_command_line(workdir):
     config, model_config = train.make_config(TrainConfig, settings), train.make_config(ModelConfig, settings)
     assert (model_config.n_layer, model_config.n_embd, model_config.dag_gate, model_config.n_head) == (5, 64, "silu", 4)
     assert train.read_settings(["small.toml", "--out_dir="])["out_dir"] == "out/small"
+    Path("other.toml").write_text("n_layer = 2\n")
+    both = {"n_layer": 2, "learning_rate": 1, "compile": True, "n_embd": 64, "seed": 3, "out_dir": "out/other"}
+    for argv in (["small.toml", "other.toml", "--seed=3"], ["small.toml", "--seed=3", "other.toml"]):
+        assert train.read_settings(argv) == both, "the last file wins, wherever it stands"
     assert (config.learning_rate, config.compile, config.resume, config.out_dir) == (1, False, True, "out/small")
 
 
