@@ -42,7 +42,15 @@ import prepare
 import train
 from model import AGGREGATORS, GPT, ModelConfig, window_start
 from prepare import Parser, Reader, Source, UserError, get_encoding, local_source, run, stdlib_source
-from sample import autocast, checkpoint_path, choose_device, choose_dtype, keep_freed_memory, load_model
+from sample import (
+    autocast,
+    checkpoint_path,
+    choose_device,
+    choose_dtype,
+    keep_freed_memory,
+    load_model,
+    pyplot_if_installed,
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -747,14 +755,9 @@ def bench_quality(
 
 def draw_quality(path: Path, runs: Runs, against: str) -> None:
     """Differences with their intervals, and the losses against tokens, compute and time, as PNG."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no picture: pip install matplotlib", file=sys.stderr)
+    pyplot = pyplot_if_installed()
+    if pyplot is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(2, 2, figsize=(13, 9), layout="constrained")
     to_other, by_tokens, by_compute, by_time = axes.flat
     losses = {arm: [rows[-1].val_loss for rows in seeds.values()] for arm, seeds in runs.items()}

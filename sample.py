@@ -21,6 +21,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -401,16 +402,24 @@ def print_statistics(statistics: list[list[GraphStatistics]], K: int) -> None:
     print(f"An edge whose share is as large as all others' has 1/K = {1 / K:.2f}; 'edges in' then is K = {K}.")
 
 
-def draw_statistics(path: Path, statistics: list[list[GraphStatistics]]) -> None:
-    """Heat maps of the mean message between experts, a row per layer and a column per depth, as PNG."""
+def pyplot_if_installed() -> ModuleType | None:
+    """matplotlib.pyplot, drawing to files only, or None after a line that names the command that installs it."""
     try:
         import matplotlib
     except ImportError:
-        print("no heat map: pip install matplotlib", file=sys.stderr)
-        return
+        print("no picture: pip install matplotlib", file=sys.stderr)
+        return None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def draw_statistics(path: Path, statistics: list[list[GraphStatistics]]) -> None:
+    """Heat maps of the mean message between experts, a row per layer and a column per depth, as PNG."""
+    pyplot = pyplot_if_installed()
+    if pyplot is None:
+        return
     size = (len(statistics), len(statistics[0]))
     figure, axes = pyplot.subplots(*size, figsize=(4.2 * size[1], 3.6 * size[0]), squeeze=False, layout="constrained")
     for i, depths in enumerate(statistics):

@@ -260,7 +260,7 @@ def test_statistics_without_matplotlib(workdir, capsys, monkeypatch):
     """One line names the command that installs it."""
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     sample.draw_statistics(Path("x.png"), [])
-    assert capsys.readouterr().err == "no heat map: pip install matplotlib\n" and not Path("x.png").exists()
+    assert capsys.readouterr().err == "no picture: pip install matplotlib\n" and not Path("x.png").exists()
 
 
 def test_what_has_no_graph_and_what_can_not_be_shown(save, refused):
