@@ -33,6 +33,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -40,6 +41,11 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from model import GPT, VERSION, LayerRecord, ModelConfig, Output, balance_loss, check_types
 from prepare import (
@@ -312,6 +318,22 @@ class Progress:
     def best(self) -> bool:
         """Whether no evaluation had a lower validation loss than the last one."""
         return self.log[-1]["val_loss"] == min(row["val_loss"] for row in self.log)
+
+
+def hold(out_dir: Path) -> IO:
+    """Keep other trainings out of a folder until the file that is returned is closed. Raises UserError if one is in.
+
+    The lock is the operating system's, so it ends with the process, however that ends. Windows has none.
+    """
+    file = (out_dir / "lock").open("w")
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another train.py is at work in {out_dir}: wait for it, or stop it") from error
+        except OSError:  # a file system without locks
+            pass
+    return file
 
 
 def save_checkpoint(path: Path, contents: dict) -> None:
@@ -735,6 +757,7 @@ def main() -> None:
     step_tokens = tokens_per_step(model_config, config)
     out_dir.mkdir(parents=True, exist_ok=True)
     if main_rank:
+        lock = hold(out_dir)  # noqa: F841 (held for as long as it is referred to)
         print_plan(model, data, config)
         if config.resume:
             print(

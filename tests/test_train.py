@@ -685,6 +685,20 @@ def test_sigterm_to_torchrun(corpus):
     assert f"stopped after step {step} and saved; go on with: torchrun --standalone --nproc_per_node=2 " in out, error
 
 
+def test_two_trainings_never_share_a_folder(corpus, call, refused):
+    """While one is at work in out/tiny another is refused, fresh or resuming; afterwards it may go on."""
+    message = "another train.py is at work in out/tiny: wait for it, or stop it"
+    Path("out/tiny").mkdir(parents=True)
+    with train.hold(Path("out/tiny")):
+        refused(message, train, *TINY_RUN)
+    assert call(train, *TINY_RUN)[0] == 0
+    before = Path("out/tiny/ckpt.pt").read_bytes()
+    with train.hold(Path("out/tiny")):
+        refused(message, train, *TINY_RUN, "--resume", "--max_steps=9")
+    assert Path("out/tiny/ckpt.pt").read_bytes() == before
+    assert call(train, *TINY_RUN, "--resume", "--max_steps=9")[0] == 0
+
+
 @pytest.mark.slow
 def test_killed_and_resumed(workdir):
     """kill -9 at random moments never leaves a run that can't go on, and the result is that of an undisturbed one."""
