@@ -434,7 +434,7 @@ def is_finished(out_dir: Path, arguments: list[str]) -> bool:
     changed = train.check_resume(
         out_dir / "ckpt.pt", checkpoint, config, model_config, train.open_dataset(config.dataset)
     )
-    changed = [text for text in changed if text.split()[0] not in ("device", "compile")]
+    changed = [text for text in changed if text.split()[0] not in ("out_dir", "device", "compile")]
     if changed:  # --resume would take it, but the arms' schedules would differ
         raise UserError(f"{out_dir} was begun with another {', '.join(changed)}: choose another --out")
     return steps_done(out_dir) == config.max_steps
