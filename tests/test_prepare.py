@@ -594,6 +594,7 @@ def test_an_interrupted_run_with_other_settings_starts_anew(workdir, call, monke
         assert sorted(all_documents("text")) == texts
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(workdir):
     """kill -9 a few times, then once in peace: the bins of an undisturbed run."""
     kill_prepare(rounds=4, folder=workdir, seed=int(time.time()))

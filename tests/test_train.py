@@ -567,6 +567,7 @@ def test_without_a_compiler_training_goes_on(corpus, call, monkeypatch):
     assert_equal_runs(load("out/tiny/ckpt.pt"), load("out/compiled/ckpt.pt"))
 
 
+@pytest.mark.slow
 def test_compiled_checkpoints_have_plain_names(corpus, call, monkeypatch):
     """A compiled run (dynamo's own back end: no C++ here) saves what an eager one can resume, and computes the same."""
     assert call(train, *TINY_RUN)[0] == 0
