@@ -533,6 +533,7 @@ class Evaluation(NamedTuple):
 
 Runs = dict[str, dict[int, list[Evaluation]]]  # by arm and seed, the evaluations in their order
 EQUAL = ("data", "evaluated_on", "eval_tokens", "tokens", "training")  # what all runs of a table must share
+FAR = 0.2  # an arm that is so much worse, in nats per token, is not drawn
 OF_AN_ARM = ("model", "learning_rate")  # what all runs of an arm must share
 FREE = {"seed", "learning_rate", "min_lr", "out_dir", "device", "compile", "resume", "init_from", "eval_only"}
 
@@ -685,6 +686,12 @@ def differences(runs: Runs, arm: str, against: str) -> list[float]:
     return [runs[arm][seed][-1].val_loss - runs[against][seed][-1].val_loss for seed in common]
 
 
+def gap(runs: Runs, arm: str, against: str) -> float:
+    """Mean difference of final losses: over the seeds that both arms have, or where there is none over all."""
+    mine, theirs = (statistics.fmean(rows[-1].val_loss for rows in runs[name].values()) for name in (arm, against))
+    return statistics.fmean(differences(runs, arm, against) or [mine - theirs])
+
+
 def interval(values: list[float]) -> tuple[float, float | None]:
     """Mean, and half the width of its 95 % interval, None for a single value."""
     mean, error = mean_and_error(values)
@@ -712,7 +719,7 @@ def bench_quality(
     )
     print(f"{'':16}{'parameters':>12}{'multiply-adds':>15}{'×':>6}{'seeds':>7}{'loss':>19}{'difference':>30}", end="")
     print(f"{f'at {seconds:.0f} s':>11}{'tokens/s':>10}{'×':>6}" if timed else "")
-    for arm in sorted(runs, key=lambda arm: statistics.fmean(final[arm])):
+    for arm in sorted(runs, key=lambda arm: gap(runs, arm, against)):
         row = next(iter(runs[arm].values()))[-1]
         mean, error = mean_and_error(final[arm])
         loss = f"{mean:.4f}" + ("" if error is None else f" ± {error:.4f}")
@@ -761,8 +768,11 @@ def draw_quality(path: Path, runs: Runs, against: str) -> None:
         return
     figure, axes = pyplot.subplots(2, 2, figsize=(13, 9), layout="constrained")
     to_other, by_tokens, by_compute, by_time = axes.flat
-    losses = {arm: [rows[-1].val_loss for rows in seeds.values()] for arm, seeds in runs.items()}
-    arms = sorted(runs, key=lambda arm: -statistics.fmean(losses[arm]))  # the best one on top
+    gaps = {arm: gap(runs, arm, against) for arm in runs}
+    arms = sorted((arm for arm in runs if gaps[arm] <= FAR), key=gaps.get, reverse=True)  # the best one on top
+    far = [f"{arm} ({gaps[arm]:+.2f})" for arm in runs if arm not in arms]
+    if far:
+        figure.suptitle(f"not drawn, because far worse: {', '.join(far)}")
     for i, arm in enumerate(arms):
         color = pyplot.colormaps["tab20"](i % 20)
         pairs = differences(runs, arm, against)
@@ -770,14 +780,14 @@ def draw_quality(path: Path, runs: Runs, against: str) -> None:
             mean, half = interval(pairs)
             to_other.errorbar(mean, i, xerr=half, fmt="o", color=color, capsize=4)
             to_other.plot(pairs, [i] * len(pairs), "|", color=color, markersize=10)
-        tokens, means = zip(*curve(runs[arm])[1:] or curve(runs[arm]), strict=True)  # the untrained loss left out
+        tokens, points = zip(*curve(runs[arm])[1:] or curve(runs[arm]), strict=True)  # the untrained loss left out
         compute = 3 * next(iter(runs[arm].values()))[0].multiply_adds
         pace = speed(runs[arm])
         style = {"color": color, "marker": ".", "linestyle": "-" if i % 2 else "--", "label": arm}
-        by_tokens.plot([t / 1e6 for t in tokens], means, **style)
-        by_compute.plot([t * compute / 1e12 for t in tokens], means, **style)
+        by_tokens.plot([t / 1e6 for t in tokens], points, **style)
+        by_compute.plot([t * compute / 1e12 for t in tokens], points, **style)
         if pace:
-            by_time.plot([t / pace for t in tokens], means, **style)
+            by_time.plot([t / pace for t in tokens], points, **style)
     to_other.axvline(0, color="gray", linewidth=1)
     to_other.set(yticks=range(len(arms)), yticklabels=arms, xlabel="nats per token; left of 0 is better")
     to_other.set_title(f"difference to {against}, same seed: mean, 95 % interval, each seed")
@@ -786,8 +796,8 @@ def draw_quality(path: Path, runs: Runs, against: str) -> None:
         (by_compute, "multiply-adds, forward and backward, in 10¹²"),
         (by_time, "seconds of training, at the arm's median speed"),
     ):
-        axis.set(xlabel=label, ylabel="validation loss, nats per token", yscale="log")
-        axis.grid(alpha=0.3, which="both")
+        axis.set(xlabel=label, ylabel="validation loss, nats per token")
+        axis.grid(alpha=0.3)
     by_tokens.legend(fontsize="small", ncols=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     with prepare.replacing(path) as file:
