@@ -581,7 +581,7 @@ def evaluations_of(out_dir: Path, dataset: str | None) -> list[Evaluation]:
     data.check_fits(checkpoint["encoding"], model.config.vocab_size, model.config.block_size)
     config = dataclasses.replace(config, batch_size=32)  # the loss is the same, sooner
     loss = train.evaluate(model, data, config, autocast(device, choose_dtype(config.dtype, device)))["val_loss"]
-    return [rows[-1]._replace(evaluated_on=str(data.fingerprint["val"])[:12], val_loss=loss)]
+    return [rows[-1]._replace(evaluated_on=str(data.fingerprint["val"])[:12], val_loss=loss, tokens_per_s=None)]
 
 
 def finished(run: list[Evaluation]) -> bool:
