@@ -187,6 +187,7 @@ def test_any_k_and_depth(save, call, top_k, depth, gate):
             assert np.abs(share - message / message.sum(axis=2, keepdims=True)).max() <= 6e-4
 
 
+@pytest.mark.slow
 def test_large_page_is_small_and_quick(save, call):
     """200 tokens, 8 layers, 8 experts a token: less than 5 MB, and another token is drawn within a frame or two."""
     model = make_model(block_size=256, n_layer=8, n_expert=16, top_k=8)

@@ -477,6 +477,7 @@ def test_upcycling_a_sum_gives_a_dag_of_the_same_loss(corpus, call, gate):
     assert load("out/dag/ckpt.pt")["model_config"]["dag_dim"] == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aggregator", ["shared", "mlp", "coe", "dense"])
 def test_baselines_train_stop_resume_and_sample(corpus, call, aggregator):
     """The whole way from data to text, with the same log after a stop as without; every router is in the log."""
@@ -600,7 +601,7 @@ def finish(process: subprocess.Popen) -> str:
     return out
 
 
-@pytest.mark.parametrize(("aggregator", "grad_accum"), [("sum", 4), ("dag", 2)])
+@pytest.mark.parametrize(("aggregator", "grad_accum"), [("sum", 4), pytest.param("dag", 2, marks=pytest.mark.slow)])
 def test_two_ranks_equal_one(corpus, call, aggregator, grad_accum):
     """torchrun with two processes gives the weights and the log of one process with twice the micro-steps.
 
