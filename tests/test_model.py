@@ -251,20 +251,21 @@ def test_forward_always_returns_the_same_thing():
         model(random_tokens(1, 17))
 
 
-@pytest.mark.slow
 @ALL
 def test_one_batch_overfits(aggregator):
-    """Two hundred steps on one batch bring the loss below 0.05."""
+    """At most two hundred steps on one batch bring the loss below 0.05."""
     torch.manual_seed(0)
     model = GPT(tiny_config(aggregator=aggregator, n_embd=64, expert_dim=64))
     tokens = random_tokens(4, 17)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(200):
         loss = model(tokens[:, :-1], tokens[:, 1:]).loss
+        if loss.item() < 0.05:
+            return
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert loss.item() < 0.05
+    pytest.fail(f"the loss is still {loss.item():.3f}")
 
 
 def test_initialisation():
