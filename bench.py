@@ -136,8 +136,7 @@ def bench_loop(arguments: list[str], steps: int, repeats: int) -> None:
             contextlib.redirect_stderr(io.StringIO()),
         ):
             train.main()
-        with open(Path(folder, "log.csv")) as file:
-            return float(list(csv.DictReader(file))[-1]["tokens_per_s"])
+        return float(read_rows(Path(folder, "log.csv"))[-1]["tokens_per_s"])
 
     def bare_loop() -> float:
         torch.manual_seed(config.seed)
@@ -710,7 +709,7 @@ def bench_quality(
     final = {arm: [rows[-1].val_loss for rows in seeds.values()] for arm, seeds in runs.items()}
     speeds = {arm: speed(seeds) for arm, seeds in runs.items()}
     first = next(iter(runs[against].values()))[-1]
-    timed = all(speeds.values()) and not dataset
+    timed = all(speeds.values())
     seconds = first.tokens / max(speeds.values()) if timed else 0.0  # when the fastest arm is done
     print(
         f"trained on {first.tokens:,} tokens ({first.data}), evaluated on about {first.eval_tokens:,} "
