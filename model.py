@@ -400,8 +400,8 @@ class DAGLayer(nn.Module):
         C = node.shape[-1]
         # Eq. 7: z_i = W_down RMSNorm(n_i). Departure: RMSNorm for the paper's LN, as everywhere in the backbone.
         # The norm divides a node by one number, which may as well be done after the product, where the row is short.
-        norm = torch.linalg.vector_norm(node, dim=-1, keepdim=True, dtype=self.norm.weight.dtype)
-        scale = (norm.square() / C + NORM_EPS).rsqrt()  # 1 / root mean square
+        squares = torch.linalg.vecdot(node, node).unsqueeze(-1)  # (S, K, 1); its gradient stays in node's precision
+        scale = (squares.to(self.norm.weight.dtype) / C + NORM_EPS).rsqrt()  # 1 / root mean square
         z = F.linear(node, self.w_down.weight * self.norm.weight)
         return z, scale.to(z.dtype)
 
