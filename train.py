@@ -634,7 +634,8 @@ def print_plan(model: GPT, data: Dataset, config: TrainConfig) -> None:
     print(
         f"{this_rank()[1]} x {device.type}, {choose_dtype(config.dtype, device)}; "
         f"{size.total:,} parameters, {size.active:,} active per token\n"
-        f"{cost.total:,} multiply-adds per token, {cost.aggregator / cost.total:.0%} of them in the aggregator\n"
+        f"{cost.total:,} multiply-adds per token, {cost.aggregator / cost.total:.0%} of them in the aggregator "
+        f"({model.config.aggregator})\n"
         f"{config.max_steps:,} steps of {per_step:,} tokens, which is "
         f"{config.max_steps * per_step / len(data.train):.2g} times all of {data.name}; results in {config.out_dir}"
     )
