@@ -408,17 +408,20 @@ def check_init(path: Path, checkpoint: dict, model_config: ModelConfig) -> None:
     """
     may_change = {"block_size"}
     old = asdict(ModelConfig()) | checkpoint["model_config"]  # a key that the checkpoint's version did not have yet
-    if old["aggregator"] == "sum" and model_config.aggregator in ("sum", "dag"):
-        may_change |= {"aggregator", "dag_depth", "dag_dim", "dag_gate"}
-    changed = [
-        f"{key} (there {old[key]!r}, here {new!r})"
+    of_a_dag = {"dag_depth", "dag_dim", "dag_gate"}
+    if old["aggregator"] == "sum" and model_config.aggregator == "dag":
+        may_change |= {"aggregator"} | of_a_dag
+    changed = {
+        key: f"{key} (there {old[key]!r}, here {new!r})"
         for key, new in asdict(model_config).items()
         if old[key] != new and key not in may_change
-    ]
+    }
     if changed:
+        still_a_sum = old["aggregator"] == model_config.aggregator == "sum" and changed.keys() & of_a_dag
+        upcycle = "; or add --aggregator=dag to go on with the sum as a dag" if still_a_sum else ""
         raise UserError(
-            f"can't start from {path} with another {', '.join(changed)}: leave the setting out, or the config "
-            "file that has it, to take the checkpoint's"
+            f"can't start from {path} with another {', '.join(changed.values())}: leave the setting out, or the "
+            f"config file that has it, to take the checkpoint's{upcycle}"
         )
 
 

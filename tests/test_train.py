@@ -520,6 +520,9 @@ def test_what_init_from_refuses(corpus, call, refused):
             train,
             *(*TINY_RUN, "--out_dir=out/tuned", "--init_from=out/sum", f"--aggregator={other}"),
         )
+    still_a_sum = (*TINY_RUN, "--out_dir=out/tuned", "--init_from=out/sum", "--dag_depth=3")  # which a sum ignores
+    refused("another dag_depth (there 2, here 3): leave the setting out", train, *still_a_sum)
+    refused("or add --aggregator=dag to go on with the sum as a dag", train, *still_a_sum)
     upcycled = (*TINY_RUN, "--out_dir=out/tuned", "--init_from=out/sum", "--aggregator=dag")
     for change, message in (
         ("--dag_zero_init=false", "another dag_zero_init (there True, here False)"),
