@@ -760,8 +760,8 @@ def main() -> None:
         network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
     step_tokens = tokens_per_step(model_config, config)
     out_dir.mkdir(parents=True, exist_ok=True)
+    lock = hold(out_dir) if main_rank else nullcontext()
     if main_rank:
-        lock = hold(out_dir)  # noqa: F841 (held for as long as it is referred to)
         print_plan(model, data, config)
         if config.resume:
             print(
@@ -785,7 +785,7 @@ def main() -> None:
         mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file wants fewer lines than a terminal
         disable=not main_rank,
     )
-    with bar, noticing_lost_ranks(out_dir):
+    with lock, bar, noticing_lost_ranks(out_dir):
         while True:
             step = progress.step
             if (step % config.eval_interval == 0 or step == config.max_steps) and not stopping:
@@ -832,9 +832,10 @@ def main() -> None:
             tokens_per_s = timed_steps * step_tokens / (time.perf_counter() - since)
             bar.set_postfix_str(f"loss {step_loss:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
             bar.update()
+        if main_rank and stopping:
+            save()
 
     if main_rank and stopping:
-        save()
         print(f"stopped after step {progress.step} and saved; go on with: {command_to_go_on(config)}")
         print(f"the text it writes so far: python sample.py {shlex.quote(str(out_dir / 'ckpt.pt'))}")
     elif main_rank:
