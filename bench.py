@@ -15,6 +15,7 @@ python bench.py quality out/ablation               # one table: loss, difference
 import argparse
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import hashlib
 import io
@@ -23,7 +24,6 @@ import json
 import math
 import os
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -37,6 +37,11 @@ from unittest import mock
 import numpy as np
 import torch
 from tqdm import tqdm
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 import prepare
 import train
@@ -101,6 +106,8 @@ def bench_prepare(paths: list[str], encoding_name: str, workers: int, repeats: i
 
 def bench_memory(encoding_name: str, sizes: list[int]) -> None:
     """Print the peak memory of prepare.py on one file of each size (MB), smallest first, made of the stdlib's text."""
+    if resource is None:
+        raise UserError("this system does not tell a program's peak memory: use Linux or macOS")
     texts = read_documents(stdlib_source())
     with scratch_folder():
         for size in sorted(sizes):
@@ -142,12 +149,13 @@ def bench_loop(arguments: list[str], steps: int, repeats: int) -> None:
         torch.manual_seed(config.seed)
         model = GPT(model_config).to(device)
         optimizer = train.make_optimizer(model, config)
+        network = train.compile_if_possible(model) if config.compile else model
         x, y = (t.to(device) for t in train.get_batch(data.train, model_config, config, 0, 0))
 
         def compute() -> None:
             for _ in range(steps):
                 with cast:
-                    out = model(x, y)
+                    out = network(x, y)
                 train.objective(out, out.router.load, config).backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -219,6 +227,8 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int | No
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)  # give back what earlier calls have freed and keep_freed_memory has kept
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     except OSError:
@@ -269,7 +279,13 @@ def bench_cost(arguments: list[str], repeats: int) -> None:
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     cast = autocast(device, dtype)
-    base = train.make_config(ModelConfig, settings)
+    try:  # the output head is most of a small model's cost: measure it with the vocabulary that training would have
+        vocabulary = (
+            {} if "vocab_size" in settings else {"vocab_size": train.open_dataset(config.dataset).meta["vocab_size"]}
+        )
+    except UserError as error:
+        raise UserError(f"{error}; or give --vocab_size=50257, gpt2's, or 257 for bytes") from error
+    base = train.make_config(ModelConfig, vocabulary | settings)
     plain = [name for name in AGGREGATORS if name != "dag" and (name != "coe" or base.top_k % 2 == 0)]
     variants = {name: {"aggregator": name} for name in plain}
     variants |= {f"dag L={depth} D={base.dag_dim}": {"aggregator": "dag", "dag_depth": depth} for depth in (1, 2)}
@@ -363,7 +379,8 @@ def bench_sample(path: Path, new_tokens: int, repeats: int, device_name: str) ->
         tokens = start[:1]
         for _ in range(new_tokens):
             window = tokens[:, window_start(tokens.shape[1], model.config.block_size) :]
-            tokens = torch.cat([tokens, model(window).logits[:, -1].argmax(dim=-1, keepdim=True)], dim=1)
+            last = model.hidden(window)[0][:, -1]  # only the last token needs the output head, as in generate
+            tokens = torch.cat([tokens, model.head(last).argmax(dim=-1, keepdim=True)], dim=1)
 
     ways = {"uncached": (1, uncached), "cached": (1, lambda: cached(1)), "cached, 16 texts": (16, lambda: cached(16))}
     speeds = {name: [] for name in ways}

@@ -35,8 +35,10 @@ def test_time_and_memory_are_measured():
     """Seconds of a call, and the memory that it needed for a while."""
     cpu = torch.device("cpu")
     assert 0.05 <= bench.seconds_of(lambda: time.sleep(0.05), cpu) < 0.5
-    peak = bench.peak_bytes(lambda: torch.ones(25_000_000).sum(), cpu)
-    assert peak is None or 90e6 < peak < 130e6
+    bench.keep_freed_memory()
+    for _ in range(3):  # what the call before has freed counts anew
+        peak = bench.peak_bytes(lambda: torch.ones(25_000_000).sum(), cpu)
+        assert peak is None or 90e6 < peak < 130e6
 
 
 def test_cost_and_layer(call):
@@ -47,6 +49,8 @@ def test_cost_and_layer(call):
     assert status == 2 and "configs/quickstart.toml does not exist" in error, "outside of the repository"
     open("tiny.toml", "w").close()
     status, out, error = call(bench, "cost", "tiny.toml", "--repeats=1", *TINY)
+    assert status == 2 and "python prepare.py stdlib" in error and "or give --vocab_size=50257" in error
+    status, out, error = call(bench, "cost", "tiny.toml", "--repeats=1", *TINY, "--vocab_size=257")
     assert status == 0, error
     lines = out.splitlines()
     assert lines[0].startswith("64 tokens, cpu, torch.float32, matmul peak ")
