@@ -30,7 +30,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import IO
@@ -258,8 +258,13 @@ def join_ranks(device: str) -> str:
     """Join the process group if torchrun started several processes. Returns the device of this one."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         if device in ("auto", "cuda") and torch.cuda.is_available():
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            if rank >= gpus:
+                raise UserError(f"more processes than GPUs ({gpus}) here: start one for each GPU, or add --device=cpu")
+            device = f"cuda:{rank}"
             torch.cuda.set_device(device)
+        elif device == "auto":
+            device = "cpu"  # there is no exchange between processes on MPS
         backend = "nccl" if device.startswith("cuda") else "gloo"
         try:
             dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may be preparing the data first
@@ -281,10 +286,15 @@ def over_ranks(x: torch.Tensor, operation: dist.ReduceOp.RedOpType = dist.Reduce
 
 
 @contextmanager
-def noticing_lost_ranks(out_dir: Path) -> Iterator[None]:
-    """Turn the error that a rank gets when another one is gone into a UserError."""
+def explaining_errors(out_dir: Path) -> Iterator[None]:
+    """Turn a GPU's full memory, and the error that a rank gets when another one is gone, into a UserError."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{str(error).split('. GPU')[0]}: once more with half the --batch_size and twice the --grad_accum, which "
+            f"compute the same; with --resume if there is a checkpoint in {out_dir}"
+        ) from error
     except RuntimeError as error:
         if this_rank()[1] == 1 or not re.search("gloo|nccl|peer", str(error), re.IGNORECASE):
             raise
@@ -470,9 +480,8 @@ def evaluate(model: GPT, data: Dataset, config: TrainConfig, cast: AbstractConte
     c, device, tokens = model.config, model.embed.weight.device, data.val
     all_offsets = spaced_offsets(tokens, c.block_size, config.eval_tokens)
     count, offsets = len(all_offsets), all_offsets[rank::ranks]
-    depths = c.dag_depth if c.aggregator == "dag" else 0
     wide = torch.float32 if device.type == "mps" else torch.float64
-    means = torch.zeros(2 + 2 * depths, device=device, dtype=wide)  # loss, z-loss, and per depth gate and update
+    means = torch.zeros(2 + len(graph_columns(c)), device=device, dtype=wide)  # loss, z-loss, and those columns
     routers = c.n_layer * (2 if c.aggregator == "coe" else 1)
     prob = torch.zeros(routers, c.n_expert, device=device, dtype=wide)
     load = torch.zeros(routers, c.n_expert, device=device, dtype=torch.long)
@@ -532,7 +541,7 @@ def load_micro_steps(
     rank, ranks = this_rank()
     batches = [get_batch(tokens, model_config, config, step, i) for i in range(rank, config.grad_accum, ranks)]
     if device.type == "cuda":  # from pinned memory a copy does not wait for what the GPU is doing
-        return [tuple(t.pin_memory().to(device, non_blocking=True) for t in batch) for batch in batches]
+        return [tuple(t.contiguous().pin_memory().to(device, non_blocking=True) for t in batch) for batch in batches]
     return [tuple(t.to(device) for t in batch) for batch in batches]
 
 
@@ -673,15 +682,23 @@ def command_to_go_on(config: TrainConfig) -> str:
     return shlex.join([*start, *sys.argv] + ["--resume"] * (not config.resume))
 
 
-def evaluate_only(config: TrainConfig) -> None:
-    """Print a line of losses for each dataset in config.eval_only."""
+def evaluate_only(config: TrainConfig, settings: dict) -> None:
+    """Print a line of losses for each dataset in config.eval_only, on as many tokens as in the run unless told."""
     names = [name.strip() for name in config.eval_only.split(",")]
     prepare_known(names)
     device = choose_device(join_ranks(config.device))
     path = checkpoint_path(Path(config.init_from or config.out_dir))
     model, checkpoint = load_model(path, device)
+    other = [key for key, value in asdict(model.config).items() if settings.get(key, value) != value]
+    if other:
+        raise UserError(
+            f"{path} has another {', '.join(other)}, and is evaluated as it is: leave the setting out, or the config "
+            "file that has it"
+        )
+    if "eval_tokens" not in settings:
+        config = replace(config, eval_tokens=checkpoint["train_config"]["eval_tokens"])
     if this_rank()[0] == 0:
-        print(f"{path}, step {checkpoint['step']}")
+        print(f"{path}, step {checkpoint['step']}, on about {config.eval_tokens:,} tokens of each validation split")
     datasets = [open_dataset(name) for name in names]
     for data in datasets:
         data.check_fits(checkpoint["encoding"], model.config.vocab_size, model.config.block_size)
@@ -696,7 +713,7 @@ def main() -> None:
     settings = read_settings(sys.argv[1:])
     config = make_config(TrainConfig, settings)
     if config.eval_only:
-        return evaluate_only(config)
+        return evaluate_only(config, settings)
 
     out_dir = Path(config.out_dir)
     checkpoint = None  # what this run begins with
@@ -785,7 +802,7 @@ def main() -> None:
         mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file wants fewer lines than a terminal
         disable=not main_rank,
     )
-    with lock, bar, noticing_lost_ranks(out_dir):
+    with lock, bar, explaining_errors(out_dir):
         while True:
             step = progress.step
             if (step % config.eval_interval == 0 or step == config.max_steps) and not stopping:

@@ -446,7 +446,7 @@ def test_init_from_takes_weights_and_nothing_else(corpus, call):
     """The first validation loss is that of the weights on the new data; optimizer, step and log are new."""
     prepare_other()
     assert call(train, *TINY_RUN, "--max_steps=30", "--eval_interval=15")[0] == 0
-    status, out, error = call(train, "--eval_only=tiny,other", "--out_dir=out/tiny", "--eval_tokens=64")
+    status, out, error = call(train, "--eval_only=tiny,other", "--out_dir=out/tiny")  # with the run's eval_tokens
     assert status == 0, error
     losses = dict(re.findall(r"(\w+) +validation loss ([\d.]+), perplexity", out))
     last = read_log()[-1]
@@ -553,6 +553,14 @@ def test_what_eval_only_refuses(corpus, call, refused):
     before = sorted(Path("out").rglob("*"))
     refused("dataset 'nothing' is not prepared", train, "--eval_only=tiny,nothing", "--out_dir=out/tiny")
     refused("resume and eval_only exclude each other", train, *TINY_RUN, "--eval_only=tiny", "--resume")
+    refused(
+        "best.pt has another n_layer, aggregator, and is",
+        train,
+        *TINY_RUN,
+        "--eval_only=tiny",
+        "--n_layer=3",
+        "--aggregator=sum",
+    )
     refused(
         "must be names of datasets with commas between, got 'tiny,'", train, "--eval_only=tiny,", "--out_dir=out/tiny"
     )
@@ -719,6 +727,38 @@ def test_each_rank_loads_its_own_micro_steps(corpus, monkeypatch):
     expected = [train.get_batch(tokens, model_config, config, 5, i) for i in (1, 3)]
     ours, expected = (torch.stack([torch.stack(batch) for batch in batches]) for batches in (ours, expected))
     assert torch.equal(ours, expected)
+
+
+def test_each_rank_gets_a_device_of_its_own(monkeypatch):
+    """A GPU per rank, one line where there are fewer GPUs; without GPUs the CPU, even where MPS would be at hand."""
+    joined, chosen = [], []
+    monkeypatch.setattr(train.dist, "init_process_group", lambda backend, timeout: joined.append(backend))
+    monkeypatch.setattr(train.torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(train.torch.cuda, "is_available", lambda: False)
+    assert train.join_ranks("auto") == "cpu" and joined == ["gloo"] and not chosen
+    monkeypatch.setattr(train.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(train.torch.cuda, "device_count", lambda: 2)
+    assert train.join_ranks("auto") == "cuda:1" and joined == ["gloo", "nccl"] and chosen == ["cuda:1"]
+    monkeypatch.setattr(train.torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(prepare.UserError, match=r"more processes than GPUs \(1\) here: .* or add --device=cpu"):
+        train.join_ranks("auto")
+    assert train.join_ranks("cpu") == "cpu" and joined == ["gloo", "nccl", "gloo"] and chosen == ["cuda:1"]
+
+
+def test_a_full_gpu_says_what_to_do(corpus, call, refused, monkeypatch):
+    """Out of memory in the middle of training: a line with the remedy, and the remedy works."""
+    compute = train.accumulate_gradients
+
+    def out_of_memory(*arguments) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1")
+
+    monkeypatch.setattr(train, "accumulate_gradients", out_of_memory)
+    message = "CUDA out of memory. Tried to allocate 2.00 GiB: once more with half the --batch_size and twice"
+    refused(message, train, *TINY_RUN)
+    monkeypatch.setattr(train, "accumulate_gradients", compute)
+    assert call(train, *TINY_RUN, "--resume", "--batch_size=2", "--grad_accum=2")[0] == 0
 
 
 def test_uneven_split_is_refused(corpus, call, refused, monkeypatch):
