@@ -346,6 +346,11 @@ class LayerRecord(NamedTuple):
         return self.beyond_sum / self.update.clamp_min(1e-30)
 
 
+def weigh(out: Tensor, gate: Tensor) -> Tensor:
+    """g_i E_i(x): out (S, K, C) and gate (S, K) → (S, K, C), in the precision of out."""
+    return gate.unsqueeze(-1).to(out.dtype) * out
+
+
 class WeightedSum(nn.Module):
     """The standard MoE: h + Σ_i g_i E_i(x). Linear in the expert outputs."""
 
@@ -354,7 +359,7 @@ class WeightedSum(nn.Module):
 
     def forward(self, h: Tensor, out: Tensor, gate: Tensor, depths: list[DepthRecord] | None = None) -> Tensor:
         """h (S, C), out (S, K, C), gate (S, K) → (S, C). There is no graph, so nothing to add to `depths`."""
-        return h + (gate.unsqueeze(-1).to(out.dtype) * out).sum(dim=1)
+        return h + weigh(out, gate).sum(dim=1)
 
 
 class MLPMixing(nn.Module):
@@ -375,7 +380,7 @@ class MLPMixing(nn.Module):
     def forward(self, h: Tensor, out: Tensor, gate: Tensor, depths: list[DepthRecord] | None = None) -> Tensor:
         """h (S, C), out (S, K, C), gate (S, K) → (S, C). There is no graph, so nothing to add to `depths`."""
         K = out.shape[1]
-        weighted = gate.unsqueeze(-1).to(out.dtype) * out  # (S, K, C)
+        weighted = weigh(out, gate)
         node = weighted + (h / K).unsqueeze(1)
         z = self.w_down(self.norm(node))  # (S, K, D)
         mixed = F.gelu(self.w_mix(z.flatten(1)))  # (S, D)
@@ -475,7 +480,7 @@ class DAGAggregator(nn.Module):
 
     def forward(self, h: Tensor, out: Tensor, gate: Tensor, depths: list[DepthRecord] | None = None) -> Tensor:
         """h (S, C), out (S, K, C), gate (S, K) → (S, C). Adds a DepthRecord per depth to `depths`, if given."""
-        weighted = gate.unsqueeze(-1).to(out.dtype) * out  # (S, K, C)
+        weighted = weigh(out, gate)  # (S, K, C)
         # Eq. 6. Departure (the paper leaves it open): h is the residual stream itself, whose K shares add up to one.
         node = weighted + (self.share_in_node * h).unsqueeze(1).to(out.dtype)
         h = self.share_in_all * h + weighted.sum(dim=1)
@@ -521,7 +526,7 @@ class MoE(nn.Module):
             combined = combined + self.shared(x)
         if records is not None:
             update = combined - h
-            beyond_sum = update - (gate.unsqueeze(-1) * out).sum(dim=1)
+            beyond_sum = update - weigh(out, gate).sum(dim=1)
             records.append(LayerRecord(expert, gate, depths, update.norm(dim=-1), beyond_sum.norm(dim=-1)))
         return combined.view(B, T, C), [stats]
 
