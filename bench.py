@@ -379,8 +379,8 @@ def bench_sample(path: Path, new_tokens: int, repeats: int, device_name: str) ->
         tokens = start[:1]
         for _ in range(new_tokens):
             window = tokens[:, window_start(tokens.shape[1], model.config.block_size) :]
-            last = model.hidden(window)[0][:, -1]  # only the last token needs the output head, as in generate
-            tokens = torch.cat([tokens, model.head(last).argmax(dim=-1, keepdim=True)], dim=1)
+            logits = model.next_logits(model.hidden(window)[0])  # generate has no other head either
+            tokens = torch.cat([tokens, logits.argmax(dim=-1, keepdim=True)], dim=1)
 
     ways = {"uncached": (1, uncached), "cached": (1, lambda: cached(1)), "cached, 16 texts": (16, lambda: cached(16))}
     speeds = {name: [] for name in ways}
