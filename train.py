@@ -851,6 +851,8 @@ def main() -> None:
             bar.update()
         if main_rank and stopping:
             save()
+        if ranks > 1:  # a thread of gloo's that still holds a tensor when Python ends makes the process abort,
+            dist.barrier()  # so the last exchange is one without tensors
 
     if main_rank and stopping:
         print(f"stopped after step {progress.step} and saved; go on with: {command_to_go_on(config)}")

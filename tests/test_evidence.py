@@ -1,6 +1,7 @@
 """The comparison: its configurations are fair, its statistics right, and a sweep goes on where it was stopped."""
 
 import csv
+import dataclasses
 import math
 import os
 import re
@@ -28,12 +29,13 @@ ARMS = sorted(path.stem for path in ABLATION.glob("*.toml") if path.stem != "bas
 SMALL = [setting for setting in TINY_RUN if "out_dir" not in setting]
 
 
-def settings_of(arm: str) -> dict:
-    return train.read_settings([str(ABLATION / "base.toml"), str(ABLATION / f"{arm}.toml")])
+def settings_of(arm: str, folder: Path = ABLATION) -> dict:
+    return train.read_settings([str(folder / "base.toml"), str(folder / f"{arm}.toml")])
 
 
-def model_of(arm: str) -> GPT:
-    return GPT(train.make_config(ModelConfig, settings_of(arm)))
+def model_of(arm: str, folder: Path = ABLATION) -> GPT:
+    with torch.device("meta"):
+        return GPT(train.make_config(ModelConfig, settings_of(arm, folder)))
 
 
 # The arms
@@ -60,6 +62,23 @@ def test_equal_parameters_and_equal_compute():
         assert cost[arm].total == pytest.approx(cost["dag2"].total, rel=0.01)
     assert cost["dense"].total == pytest.approx(cost["sum"].total, rel=0.01)
     assert cost["coe"].total == pytest.approx(cost["sum"].total, rel=0.01)
+
+
+def test_the_large_comparison_is_the_small_ones():
+    """configs/ablation_s: the shape of dag_moe_s, arms of equal parameters and of equal compute, 100M tokens each."""
+    folder = ABLATION.with_name("ablation_s")
+    arms = sorted(path.stem for path in folder.glob("*.toml") if path.stem != "base")
+    assert arms == ["dag2", "shared", "shared_compute", "sum"]
+    large = train.read_settings([str(ABLATION.with_name("dag_moe_s.toml")), "--vocab_size=257"])
+    config = model_of("dag2", folder).config
+    assert config == train.make_config(ModelConfig, large)
+    sizes = {arm: model_of(arm, folder).count_parameters().total for arm in arms}
+    cost = {arm: model_of(arm, folder).multiply_adds_per_token().total for arm in arms}
+    assert sizes["dag2"] - sizes["shared"] == config.n_layer * config.dag_depth * config.n_embd  # the graph's norms
+    assert cost["shared_compute"] == pytest.approx(cost["dag2"], rel=0.01)
+    training = {arm: train.make_config(train.TrainConfig, settings_of(arm, folder)) for arm in arms}
+    assert len({dataclasses.replace(each, out_dir="") for each in training.values()}) == 1
+    assert training["sum"].max_steps * train.tokens_per_step(config, training["sum"]) >= 100e6
 
 
 # The table
