@@ -279,13 +279,12 @@ def bench_cost(arguments: list[str], repeats: int) -> None:
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     cast = autocast(device, dtype)
-    try:  # the output head is most of a small model's cost: measure it with the vocabulary that training would have
-        vocabulary = (
-            {} if "vocab_size" in settings else {"vocab_size": train.open_dataset(config.dataset).meta["vocab_size"]}
-        )
-    except UserError as error:
-        raise UserError(f"{error}; or give --vocab_size=50257, gpt2's, or 257 for bytes") from error
-    base = train.make_config(ModelConfig, vocabulary | settings)
+    if "vocab_size" not in settings:  # as in training: the output head may be most of a small model's cost
+        try:
+            settings["vocab_size"] = train.open_dataset(config.dataset).meta["vocab_size"]
+        except UserError as error:
+            raise UserError(f"{error}; or give --vocab_size=50257, gpt2's, or 257 for bytes") from error
+    base = train.make_config(ModelConfig, settings)
     plain = [name for name in AGGREGATORS if name != "dag" and (name != "coe" or base.top_k % 2 == 0)]
     variants = {name: {"aggregator": name} for name in plain}
     variants |= {f"dag L={depth} D={base.dag_dim}": {"aggregator": "dag", "dag_depth": depth} for depth in (1, 2)}
