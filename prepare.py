@@ -1,871 +1,356 @@
 """Turn text into the token files that train.py reads: data/NAME/train.bin, val.bin and meta.json.
 
-    python prepare.py stdlib                        # Python's own standard library: on every machine, no download
-    python prepare.py tinystories                   # downloads 2.3 GB of short stories
-    python prepare.py openwebtext                   # downloads 13 GB of web pages
-    python prepare.py notes.txt novels/             # your own text: files, and folders searched for --pattern
-    python prepare.py posts.jsonl.gz --field body   # a document a line
-    cat *.md | python prepare.py - --name notes     # standard input
-    python prepare.py --check stdlib                # are the files still what was written?
+    python prepare.py stdlib               # Python's own standard library: on every machine, no download
+    python prepare.py tinystories          # downloads 2.3 GB of short stories
+    python prepare.py openwebtext          # downloads 13 GB of web pages
+    python prepare.py notes.txt novels/    # your own text: files, and folders searched for --pattern
 
-A .bin is a flat array of token ids (uint16, or uint32 where the vocabulary needs it), every document followed by
-<|endoftext|>. Text flows in one direction: a source yields documents, each goes to one split by a hash of its contents,
-threads turn them into ids, and one writer appends the ids to that split's file. Memory does not grow with the corpus,
-and a run that was interrupted goes on where it was when it is started again.
+A .bin is a flat array of token ids, <|endoftext|> after every document. Text flows in one direction and is never held
+whole: a source yields pieces of documents, threads turn them into ids, one writer appends the ids to their split.
 """
 
 import argparse
-import codecs
-import collections
 import contextlib
 import errno
 import functools
-import gzip
 import hashlib
-import http.client
-import io
 import itertools
 import json
-import lzma
 import os
-import platform
 import re
 import shutil
-import socket
 import sys
 import sysconfig
 import tarfile
+import tempfile
 import time
-import urllib.error
-import urllib.request
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 from typing import IO, NamedTuple
+from urllib.error import URLError
+from urllib.request import Request, urlopen
 
 import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-DATA = Path("data")  # under the folder in which the command is run
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # of a dataset
+DATA = Path("data")  # below the folder in which a command is run
+KNOWN = ("stdlib", "tinystories", "openwebtext")
 SPLITS = ("train", "val")
-END_OF_TEXT = "<|endoftext|>"  # written between documents; inside a document these characters are ordinary text
-PIECE = 1 << 16  # characters; of longer documents one piece of about this size after the other is read and encoded
-BATCH = 1 << 16  # characters encoded by one thread at a time; small blocks keep memory from fragmenting
-SHARD = 1024  # batches after which the state is saved: an interrupted run redoes at most so many
-
-HUGGING_FACE = "https://huggingface.co/datasets/"
-TINYSTORIES_URL = HUGGING_FACE + "roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/"
-TINYSTORIES_FILES = {  # licence CDLA-Sharing-1.0; version 2 was written by GPT-4 alone: split, file, bytes, sha256
-    2: [
-        ("train", "TinyStoriesV2-GPT4-train.txt", 2_227_753_162,
-         "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443"),
-        ("val", "TinyStoriesV2-GPT4-valid.txt", 22_502_601,
-         "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d"),
-    ],
-    1: [
-        ("train", "TinyStories-train.txt", 1_924_281_556,
-         "c5cf5e22ff13614e830afbe61a99fbcbe8bcb7dd72252b989fa1117a368d401f"),
-        ("val", "TinyStories-valid.txt", 19_447_282,
-         "94e431816c4cce81ff71e4408ff8d3bda9a42e8d2663986697c3954288cb38b4"),
-    ],
-}  # fmt: skip
-OPENWEBTEXT_URL = HUGGING_FACE + "Skylion007/openwebtext/resolve/f3808c30e817981b845ec549c43e82bb467d8144/subsets/"
-OPENWEBTEXT_ARCHIVES = 21  # of about 630 MB each, licence cc0-1.0
-OPENWEBTEXT_DOCUMENTS = 8_013_769
-OPENWEBTEXT_VAL_DOCUMENTS = 4_007  # nanoGPT's split: a share of 0.0005, seed 2357
-OPENWEBTEXT_TOKENS = {"train": 9_035_582_198, "val": 4_434_897}  # gpt2, as nanoGPT counts them
-OPENWEBTEXT_BYTES = (13_300_000_000, 18_100_000_000)  # disk space: archives, .bin files in the gpt2 encoding
-OPENWEBTEXT_TEXT = 40_000_000_000  # bytes, about
-MEGABYTES_PER_SECOND = 11  # of text per thread, gpt2, as `python bench.py prepare` measured it on two cores
-GPT2_CACHE_FILES = "6d1cbeee0f20b3d9449abfede4726ed8212e3aee and 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"
+END_OF_TEXT = "<|endoftext|>"  # written after every document; inside of one these characters are ordinary text
+BLOCK = 1 << 16  # characters read at a time, and the rest of the line
+GROUP = 64  # pieces of text in memory at a time
+FEW = 100  # documents; fewer are not split by their hashes, but cut once
+RETRY_AFTER = (1, 2, 4, 8, 16, 32)  # seconds until a download is tried again
+NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+HUGGING_FACE = "https://huggingface.co/datasets"
+TINYSTORIES_URL = f"{HUGGING_FACE}/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"
+TINYSTORIES = {  # version 2, licence CDLA-Sharing-1.0: file, sha256
+    "train": ("TinyStoriesV2-GPT4-train.txt", "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443"),
+    "val": ("TinyStoriesV2-GPT4-valid.txt", "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d"),
+}
+OPENWEBTEXT_URL = f"{HUGGING_FACE}/Skylion007/openwebtext/resolve/f3808c30e817981b845ec549c43e82bb467d8144/subsets"
+OPENWEBTEXT = [f"urlsf_subset{i:02}.tar" for i in range(21)]  # licence cc0-1.0
+OPENWEBTEXT_DOCUMENTS, OPENWEBTEXT_VAL = 8_013_769, 4_007  # nanoGPT's split
+Piece = tuple[str, str, bool]  # "train" or "val"; some text; whether its document ends there
 
 
-# Errors and commands: used by train.py and sample.py too
-
-
-class UserError(Exception):
-    """What a person typed or a file contained can't be used. The message says what, where and how to mend it."""
+def require(good: object, message: str) -> None:
+    """Raise ValueError if what a person typed, or what a file contained, is not good."""
+    if not good:
+        raise ValueError(message)
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError, one line, instead of printing its whole usage."""
-
     def error(self, message: str):
-        raise UserError(f"{message} (see python {self.prog} --help)")
+        """Raise ValueError, one line, instead of printing the whole usage."""
+        raise ValueError(f"{message} (see python {self.prog} --help)")
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main(). UserError and operating system errors become one line on stderr and exit status 2."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that can't show a character must not end a run
+    """Run a script's main(). What a person can mend becomes one line on stderr and exit status 2."""
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115  None where the shell closed it: >&-
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character must not end a run
     try:
         main()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has seen enough: | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (UserError, OSError, MemoryError) as error:
-        print(f"error: {str(error) or 'out of memory'}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError) as error:
+        print("error:", printable(str(error)).replace("\n", " ") or "out of memory", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
-# Encodings
-
-
-@functools.cache
-def get_encoding(name: str) -> tiktoken.Encoding:
-    """The tiktoken encoding called `name`, or "bytes": one token per UTF-8 byte, no download. Raises UserError."""
-    if name == "bytes":
-        ranks = {bytes([i]): i for i in range(256)}
-        special = {END_OF_TEXT: 256}
-        return tiktoken.Encoding(
-            "bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special, explicit_n_vocab=257
-        )
-    if name not in tiktoken.list_encoding_names():
-        raise UserError(f"unknown encoding {name!r}; choose bytes, {', '.join(tiktoken.list_encoding_names())}")
-    try:
-        return tiktoken.get_encoding(name)
-    except OSError as error:  # requests' errors are OSErrors
-        files = f" with {GPT2_CACHE_FILES}" if name == "gpt2" else ""
-        raise UserError(
-            f"the {name} vocabulary can't be fetched ({type(error).__name__}): set TIKTOKEN_CACHE_DIR "
-            f"to a folder{files} from a machine that has it, or use --encoding bytes"
-        ) from error
-
-
-# Reading: bytes → text, whatever the size of the file
-
-
-class Reader:
-    """Decompresses and decodes files, drives the progress bar, and counts what had to be replaced."""
-
-    def __init__(self, errors: str, progress: tqdm):
-        self.replaced = 0  # undecodable places
-        self.progress = progress
-        self.decoder = codecs.getincrementaldecoder("utf-8")
-        self.errors = "strict"
-        if errors == "replace":
-            self.errors = "replace-and-count"
-            codecs.register_error(self.errors, self.replace)
-
-    def replace(self, error: UnicodeDecodeError) -> tuple[str, int]:
-        """Error handler of the decoder: one replacement character per undecodable place."""
-        self.replaced += 1
-        return "\ufffd", error.end
-
-    def chunks(self, path: Path) -> Iterator[str]:
-        """The text of a file, .gz and .xz decompressed, in chunks; line ends untouched."""
-        with path.open("rb") as raw:
-            opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix)
-            stream, position = opener(raw) if opener else raw, 0
-            try:
-                for chunk in self.decode(stream, str(path)):
-                    self.progress.update(raw.tell() - position)
-                    position = raw.tell()
-                    yield chunk
-            except (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as error:
-                raise UserError(f"{path} is damaged ({error}): get it again, or leave it out") from error
-
-    def decode(self, stream: IO, name: str) -> Iterator[str]:
-        """Decode a stream of UTF-8 bytes chunk by chunk. Raises UserError with the offset of what can't be decoded."""
-        decoder, offset, chunk = self.decoder(self.errors), 0, b"start"
-        while chunk:
-            chunk = stream.read(PIECE)
-            start = offset - len(decoder.getstate()[0])  # of the bytes that this call decodes
-            try:
-                yield decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:
-                byte = error.object[error.start]
-                raise UserError(
-                    f"{name} is not UTF-8 text: byte {byte:#04x} at offset {start + error.start}; convert it first "
-                    "(iconv -f ITS_ENCODING -t utf-8), or use --errors replace"
-                ) from error
-            offset += len(chunk)
-
-    def lines(self, path: Path) -> Iterator[str]:
-        """The lines of a file, without their ends, one at a time."""
-        rest = ""
-        for chunk in self.chunks(path):
-            *lines, rest = (rest + chunk).split("\n")
-            yield from lines
-        yield rest
-
-
-def read_text(path: Path) -> str:
-    """The whole text of a UTF-8 file. Raises UserError."""
-    with tqdm(disable=True) as progress:
-        return "".join(Reader("strict", progress).chunks(path))
-
-
-class Piece(NamedTuple):
-    """A document, or the next part of one too long to be held in memory."""
-
-    text: str
-    last: bool  # ends its document
-    split: str | None  # "train" or "val" where the publisher decides it
-
-
-def document(chunks: Iterable[str], split: str | None = None) -> Iterator[Piece]:
-    """The pieces of the document whose text comes in `chunks`."""
-    text = ""
-    for chunk in chunks:
-        text += chunk
-        while len(text) > 2 * PIECE:
-            cut = find_cut(text[: 2 * PIECE])
-            yield Piece(text[:cut], False, split)
-            text = text[cut:]
-    yield Piece(text, True, split)
-
-
-def find_cut(text: str) -> int:
-    """Where a long text can be cut such that its parts encode to the tokens of the whole.
-
-    Every tiktoken encoding begins a new word between a letter or digit and white space. A text that never has one after
-    the other is cut at its end, where one token may come out as two.
-    """
-    for end in (" ", "\n"):
-        at = len(text)
-        while (at := text.rfind(end, len(text) // 2, at)) > 0:
-            if text[at - 1].isascii() and text[at - 1].isalnum():
-                return at
-    return len(text)
-
-
-# Sources of documents
-
-
-class Source(NamedTuple):
-    """Where documents come from. Reading them again gives the same ones in the same order."""
-
-    description: str  # for meta.json
-    files: list[Path]  # what is read: their sizes and dates tell whether an interrupted run can go on
-    documents: Callable[[Reader], Iterator[Piece]]
-    published_split: bool = False  # pieces say which split they belong to
-
-
-def files_source(description: str, files: list[Path], field: str | None = None) -> Source:
-    """Every file a document, or every line of a .jsonl the text of one, in `field`."""
-
-    def documents(reader: Reader) -> Iterator[Piece]:
-        for path in files:
-            plain_name = path.name.removesuffix(".gz").removesuffix(".xz")
-            if plain_name.endswith(".jsonl") or (field and plain_name == "stdin"):
-                yield from read_jsonl(reader, path, field or "text")
-            else:
-                yield from document(reader.chunks(path))
-
-    return Source(description, files, documents)
-
-
-def read_jsonl(reader: Reader, path: Path, field: str) -> Iterator[Piece]:
-    """The documents of a file that holds a JSON object per line."""
-    for number, line in enumerate(reader.lines(path), start=1):
-        if line.strip():
-            try:
-                text = json.loads(line.removeprefix("\ufeff"))[field]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                text = None
-            if not isinstance(text, str):
-                raise UserError(
-                    f"line {number} of {path} is not a JSON object with a text {field!r}; choose another --field"
-                )
-            # A lone surrogate can be written in JSON, but not in UTF-8.
-            as_bytes = io.BytesIO(text.encode(errors="surrogatepass"))
-            yield from document(reader.decode(as_bytes, f"line {number} of {path}"))
-
-
-def stdlib_source() -> Source:
-    """The .py files of the running interpreter's standard library, without its tests and installed packages."""
-    root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    paths = []
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = set(subfolders) - left_out  # os.walk does not go into what is taken out here
-        paths += [Path(folder, file) for file in files if file.endswith(".py")]
-    paths.sort()
-    if not paths:
-        raise UserError(
-            f"this Python has no standard library sources under {root}; use any folder of source code instead: "
-            "python prepare.py FOLDER --pattern '*.py' --name stdlib --encoding bytes"
-        )
-    return files_source(f"standard library of {platform.python_implementation()} {platform.python_version()}", paths)
-
-
-def local_source(arguments: list[str], pattern: str, field: str | None) -> Source:
-    """Files as given, folders searched for `pattern`, each file once."""
-    paths = []
-    for path in map(Path, arguments):
-        if path.is_dir():
-            try:
-                found = sorted(p for p in path.rglob(pattern) if p.is_file())
-            except (ValueError, NotImplementedError) as error:
-                raise UserError(
-                    f"--pattern {pattern!r} can't be searched for ({error}); use one such as '*.md'"
-                ) from error
-            if not found:
-                raise UserError(f"no file in {path} matches {pattern!r}; choose another --pattern, such as '*.md'")
-            paths += found
-        elif path.exists():
-            paths.append(path)
-        else:
-            known = ", ".join(KNOWN)
-            raise UserError(f"{path} does not exist; give a file, a folder or one of the known datasets: {known}")
-    description = " ".join(arguments) + (f", field {field!r}" if field else "")
-    return files_source(description, list(dict.fromkeys(paths)), field)
-
-
-def tinystories_source(base_url: str | None, version: int) -> Source:
-    """TinyStories with its published split: stories between lines that hold only <|endoftext|>, stripped."""
-    folder = DATA / ("tinystories" if version == 2 else "tinystories-v1") / "raw"
-    url, paths = base_url or TINYSTORIES_URL, {}
-    for split, name, size, sha256 in TINYSTORIES_FILES[version]:
-        paths[split] = folder / name
-        download(url + name, paths[split], size, sha256)
-
-    def documents(reader: Reader) -> Iterator[Piece]:
-        for split, path in paths.items():
-            story = []
-            for line in reader.lines(path):
-                if line.strip() == END_OF_TEXT:
-                    yield from document(["\n".join(story).strip()], split)
-                    story = []
-                else:
-                    story.append(line)
-            yield from document(["\n".join(story).strip()], split)
-
-    return Source(f"TinyStories version {version}, {url}", list(paths.values()), documents, published_split=True)
-
-
-def openwebtext_source(base_url: str | None, workers: int) -> Source:
-    """OpenWebText with nanoGPT's split. 21 archives, each a tar of tar.xz files of documents, read as one stream."""
-    url, folder = base_url or OPENWEBTEXT_URL, DATA / "openwebtext" / "raw"
-    paths = [folder / f"urlsf_subset{i:02}.tar" for i in range(OPENWEBTEXT_ARCHIVES)]
-    archives, tokens = OPENWEBTEXT_BYTES
-    missing = archives * sum(not path.exists() for path in paths) // len(paths)
-    DATA.mkdir(exist_ok=True)
-    free = shutil.disk_usage(DATA).free
-    hours = OPENWEBTEXT_TEXT / (MEGABYTES_PER_SECOND * 1e6 * workers) / 3600
-    print(
-        f"OpenWebText needs {archives / 1e9:.0f} GB for the archives ({missing / 1e9:.1f} GB still to download), "
-        f"{tokens / 1e9:.0f} GB for the tokens ({free / 1e9:.0f} GB are free in {DATA}/), less than 1 GB of memory, "
-        f"and after the download about {hours:.1f} hours with {workers} threads"
-    )
-    if free < missing + tokens:
-        raise UserError(
-            f"{DATA}/ has {free / 1e9:.0f} GB free, OpenWebText needs {(missing + tokens) / 1e9:.0f} GB more"
-        )
-    for path in paths:
-        download(url + path.name, path)
-    order = np.random.default_rng(2357).permutation(OPENWEBTEXT_DOCUMENTS)
-    val = set(order[:OPENWEBTEXT_VAL_DOCUMENTS].tolist())
-
-    def documents(reader: Reader) -> Iterator[Piece]:
-        index = -1
-        for index, text in enumerate(read_openwebtext(reader, paths)):
-            yield from document([text], "val" if index in val else "train")
-        if index + 1 != OPENWEBTEXT_DOCUMENTS:
-            raise UserError(
-                f"the archives in {folder} hold {index + 1:,} documents instead of the published "
-                f"{OPENWEBTEXT_DOCUMENTS:,}: delete them to download them again"
-            )
-
-    return Source(f"OpenWebText, {url}", paths, documents, published_split=True)
-
-
-def read_openwebtext(reader: Reader, paths: list[Path]) -> Iterator[str]:
-    """The documents of the archives, as nanoGPT's users know them: three or more line ends become two, stripped."""
-    for path in paths:
-        with path.open("rb") as raw:
-            try:
-                with tarfile.open(fileobj=raw, mode="r|") as archive:
-                    for member in archive:  # members are read and never extracted: their names reach no file system
-                        if not member.name.endswith(".xz"):
-                            continue
-                        with tarfile.open(fileobj=archive.extractfile(member), mode="r|xz") as subset:
-                            for entry in subset:
-                                if entry.isfile() and entry.name.endswith(".txt"):
-                                    stream = subset.extractfile(entry)
-                                    text = "".join(reader.decode(stream, f"{path}:{member.name}:{entry.name}"))
-                                    yield re.sub("\n\n\n+", "\n\n", text).strip()
-                        reader.progress.update(member.size)
-            except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError) as error:
-                raise UserError(f"{path} is damaged ({error}): delete it to download it again") from error
-
-
-KNOWN = ("stdlib", "tinystories", "openwebtext")  # datasets that train.py can prepare by itself
-
-
-# Downloads
-
-RETRIES = 6  # after failures in a row, without a byte in between
-RETRY_SECONDS = 1.0  # before the first retry; doubled for each further one
-
-
-def download(url: str, path: Path, size: int | None = None, sha256: str | None = None) -> None:
-    """Fetch url to path unless it is there: resumed where it broke off, retried, under a temporary name until whole.
-
-    Length and checksum are verified where they are known. Raises UserError, which says how to do it by hand.
-    """
-    if path.exists():
-        if size not in (None, path.stat().st_size):
-            raise UserError(f"{path} has {path.stat().st_size:,} bytes instead of the published {size:,}: delete it")
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    by_hand = f"or fetch {url} by hand and save it as {path}"
-    with tqdm(desc=path.name, total=size, unit="B", unit_scale=True) as progress:
-        failures = 0
-        while True:
-            before = part.stat().st_size if part.exists() else 0
-            try:
-                total = fetch(url, part, progress)
-                if part.stat().st_size == total:
-                    break
-                problem = "connection cut"
-            except urllib.error.HTTPError as error:
-                problem = f"HTTP status {error.code}"
-                if error.code not in (408, 416, 425, 429) and error.code < 500:
-                    raise UserError(
-                        f"{url} can't be downloaded ({problem}); try another --base-url, {by_hand}"
-                    ) from error
-            except ValueError as error:
-                raise UserError(f"{url} is no address to download from ({error}); mend --base-url") from error
-            except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
-                problem = str(getattr(error, "reason", error))
-                if isinstance(getattr(error, "reason", None), socket.gaierror | ConnectionRefusedError) and not before:
-                    raise UserError(
-                        f"no network: {url} can't be reached ({problem}); try again later, {by_hand}"
-                    ) from error
-            now = part.stat().st_size if part.exists() else 0
-            failures = 0 if now > before else failures + 1
-            if failures > RETRIES:
-                raise UserError(f"{url} can't be downloaded ({problem}); start again to go on, {by_hand}")
-            time.sleep(RETRY_SECONDS * 2 ** max(0, failures - 1))
-    got = part.stat().st_size
-    if size is not None and got != size:
-        part.unlink()
-        raise UserError(f"{url} has {got:,} bytes instead of the published {size:,}; try again, {by_hand}")
-    if sha256 is not None and file_sha256(part) != sha256:
-        part.unlink()
-        raise UserError(f"{url} has another checksum than the published one; try again, {by_hand}")
-    os.replace(part, path)
-
-
-def fetch(url: str, part: Path, progress: tqdm) -> int:
-    """One attempt: append to `part` what is missing, or start anew where the server can't. Returns the whole length."""
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=60)
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing beyond what is there: it is whole, or not the file we thought
-            total = error.headers.get("Content-Range", "").rpartition("/")[2]
-            if total == str(have):
-                return have
-            part.unlink()
-        raise
-    with response:
-        resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        start = have if resumed else 0
-        length = response.headers.get("Content-Length")
-        progress.total = start + int(length) if length else None
-        progress.n = start
-        with part.open("ab" if resumed else "wb") as file:
-            while chunk := response.read(1 << 20):
-                file.write(chunk)
-                progress.update(len(chunk))
-            sync(file)
-            return start + int(length) if length else file.tell()
-
-
-def file_sha256(path: Path) -> str:
-    """Checksum of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# Splits: by contents, so that equal documents (and a document that moved) end up on the same side
-
-
-class Splitter:
-    """Sends each document to train or val: a hash of its text, uniform in [0, 2**64), is compared with a threshold.
-
-    Of a document in several pieces the first one decides.
-    """
-
-    def __init__(self, val_fraction: float, seed: int):
-        self.key = str(seed).encode()
-        self.val_fraction = val_fraction
-        self.threshold = int(val_fraction * 2**64)
-        self.cut_at = None  # cut every document there instead: the only way to split a single one
-        self.reset()
-
-    def reset(self) -> None:
-        """Begin a pass over all documents."""
-        self.split, self.position = None, 0  # of the document under way
-        self.documents, self.empty, self.characters = 0, 0, 0
-        self.smallest, self.largest = 2**64, -1  # hashes
-
-    def __call__(self, pieces: Iterable[Piece]) -> Iterator[tuple[str, str, bool]]:
-        """Yield (split, text, whether a document ends there). Empty documents are left out and counted."""
-        for text, last, published in pieces:
-            self.characters += len(text)
-            if self.position == 0:
-                if last and not text:
-                    self.empty += 1
-                    continue
-                self.documents += 1
-                self.split = published or self.by_hash(text)
-            if self.cut_at is None:
-                yield self.split, text, last
-            else:
-                yield from self.cut(text, last)
-            self.position = 0 if last else self.position + len(text)
-
-    def by_hash(self, text: str) -> str:
-        """The split of the document that begins with `text`."""
-        value = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=self.key).digest())
-        self.smallest, self.largest = min(self.smallest, value), max(self.largest, value)
-        return "val" if value < self.threshold else "train"
-
-    def cut(self, text: str, last: bool) -> Iterator[tuple[str, str, bool]]:
-        """Up to character cut_at, or the line end before it, a document goes to train; the rest goes to val."""
-        at = self.cut_at - self.position
-        if at >= len(text) and not last:
-            yield "train", text, False
-        elif at <= 0:
-            yield "val", text, last
-        else:
-            at = text.rfind("\n", 0, at) + 1 or min(at, len(text) - 1)
-            yield "train", text[:at], True
-            yield "val", text[at:], last
-
-    def settle(self, pieces: Iterable[Piece]) -> None:
-        """Read on until both splits have a document. If one would stay empty, make sure that it gets something."""
-        seen = set()
-        for split, _, _ in self(pieces):
-            seen.add(split)
-            if len(seen) == len(SPLITS):
-                return
-        if self.documents and self.smallest == self.largest:
-            self.cut_at = int(self.characters / self.documents * (1 - self.val_fraction))
-            print("only one document, or copies of one: its beginning becomes train, its end val")
-        elif self.documents:
-            self.threshold = self.largest if seen == {"val"} else self.smallest + 1
-            print(f"{self.documents} documents, by chance all in {seen.pop()}: the nearest one goes to the other split")
-
-
-# Writing
-
-
-def sync(file: IO) -> None:
-    """Make sure that what was written is on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
+def printable(text: str) -> str:
+    """The text with control characters other than newline and tab escaped, so that it can't steer a terminal."""
+    controls = [*range(0x20), *range(0x7F, 0xA0)]
+    return text.translate({code: f"\\x{code:02x}" for code in controls if chr(code) not in "\n\t"})
 
 
 @contextlib.contextmanager
 def replacing(path: Path, mode: str = "wb") -> Iterator[IO]:
-    """Open a file beside `path` that takes its name when the block ends; after an error the old file stays."""
-    beside = path.with_name(path.name + ".tmp")
+    """Open a file that takes the name `path` when the block ends; after an error the old one stays. Raises OSError."""
+    regular = path.is_file() or not path.exists()  # anything else, a pipe or a device, is written to, never replaced
+    path = path.resolve() if regular else path  # a symbolic link stays one
+    beside = path.with_name(path.name + ".tmp") if regular else path
     try:
-        with beside.open(mode) as file:
+        with beside.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
-            sync(file)
-        os.replace(beside, path)
+            file.flush()
+            if regular:
+                os.fsync(file.fileno())
+        if regular:
+            os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError in the context of the OSError
+        if {getattr(e, "errno", None) for e in (error, error.__context__)} & {errno.ENOSPC, errno.EDQUOT}:
+            raise OSError(f"no space left for {path}: make room and start again") from error
+        raise
     finally:
-        beside.unlink(missing_ok=True)
+        if regular and mode != "ab":  # which goes on with what an earlier attempt has written
+            beside.unlink(missing_ok=True)
 
 
-Batch = list[tuple[str, str, bool]]  # (split, text, whether a document ends there)
+def file_sha256(path: Path) -> str:
+    """Checksum of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def batches(parts: Iterable[tuple[str, str, bool]]) -> Iterator[Batch]:
-    """Group texts into lists of about BATCH characters."""
-    batch, characters = [], 0
-    for part in parts:
-        batch.append(part)
-        characters += len(part[1])
-        if characters >= BATCH:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def encode(encoding: tiktoken.Encoding, batch: Batch) -> dict[str, tuple[np.ndarray, int, int]]:
-    """For each split of a batch: token ids with <|endoftext|> after every document, documents, bytes of text."""
-    dtype = token_dtype(encoding.n_vocab)
-    result = {}
-    for split in SPLITS:
-        parts = [(text, last) for where, text, last in batch if where == split]
-        size = sum(len(text.encode()) for text, _ in parts)
-        if encoding.name == "bytes":  # the bytes are the ids: a hundred times faster than asking tiktoken
-            ids = [np.frombuffer(text.encode() + b"\0" * last, dtype=np.uint8).astype(dtype) for text, last in parts]
-            for piece, (_, last) in zip(ids, parts, strict=True):
-                piece[len(piece) - last :] = encoding.eot_token
-        elif END_OF_TEXT in "".join(text for text, _ in parts):  # as ordinary text, even where a cut goes through it
-            ids = []
-            for text, last in parts:
-                ids += [encoding.encode_to_numpy(text, disallowed_special=()), [encoding.eot_token] * last]
-        else:  # documents joined by the separator itself: twice as fast as one by one where they are short
-            joined = "".join(text + END_OF_TEXT * last for text, last in parts)
-            ids = [encoding.encode_to_numpy(joined, allowed_special={END_OF_TEXT})]
-        ids = np.concatenate([np.zeros(0, dtype), *(np.asarray(piece, dtype=dtype) for piece in ids)])
-        result[split] = ids, sum(last for _, last in parts), size
-    return result
-
-
-def encode_all(encoding: tiktoken.Encoding, todo: Iterator[Batch], workers: int) -> Iterator[dict]:
-    """encode(batch) for every batch, in order, by several threads (tiktoken works outside Python's lock)."""
-    with ThreadPoolExecutor(workers) as pool:
-        pending = collections.deque()
-        for batch in todo:
-            pending.append(pool.submit(encode, encoding, batch))
-            if len(pending) > 2 * workers:  # enough to keep all threads busy, little enough to hold in memory
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest of uint16 and uint32 that holds every id."""
-    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
-
-
-def load_state(path: Path, identity: list) -> dict:
-    """What an interrupted run with the same settings and files had written when it last saved, or a fresh start."""
+@functools.cache
+def get_encoding(name: str) -> tiktoken.Encoding:
+    """The tiktoken encoding called `name`, or "bytes": one token per UTF-8 byte, no download. Raises ValueError."""
+    if name == "bytes":
+        ranks = {bytes([i]): i for i in range(256)}
+        return tiktoken.Encoding(name, pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 256})
+    require(name in tiktoken.list_encoding_names(), f"unknown encoding {name!r}; choose bytes, gpt2 or cl100k_base")
     try:
-        state = json.loads(path.read_text())
-        whole = all(path.with_name(f"{split}.bin").stat().st_size >= state["file_size"][split] for split in SPLITS)
-        if state["identity"] == identity and whole and state["done"] > 0:
-            tqdm.write(f"going on after {state['done']} batches of an interrupted run")
-            return state
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # nothing usable: not an error, only more work
-    counts = {split: {"documents": 0, "bytes": 0, "tokens": 0} for split in SPLITS}
-    return {"identity": identity, "done": 0, "file_size": dict.fromkeys(SPLITS, 0), "counts": counts}
+        return tiktoken.get_encoding(name)
+    except OSError as error:  # requests' errors are OSErrors
+        mend = "use --encoding bytes, or set TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache on a machine that has it"
+        raise ValueError(f"the {name} vocabulary can't be fetched ({type(error).__name__}): {mend}") from error
 
 
-def write_bins(
-    source: Source, folder: Path, encoding: tiktoken.Encoding, splitter: Splitter, errors: str, workers: int
-) -> tuple[dict, dict]:
-    """Read all documents once and write folder/{train,val}.bin. Returns what was written per split, and what was not.
+def download(url: str, path: Path, sha256: str | None = None) -> Path:
+    """Fetch url to path unless it is there: resumed, retried, renamed when whole. Returns path; raises ValueError."""
+    by_hand = f"start again, or fetch it by hand and save it as {path}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pauses = list(RETRY_AFTER)
+    while not path.exists():
+        try:
+            fetch(url, path)
+        except (URLError, HTTPException, ConnectionError, TimeoutError) as error:
+            require(pauses and getattr(error, "code", None) not in (401, 403, 404), f"{url}: {error}; {by_hand}")
+            print(f"{url}: {error}; trying again")
+            time.sleep(pauses.pop(0))
+    require(not sha256 or file_sha256(path) == sha256, f"{path} has a wrong checksum: delete it, {by_hand}")
+    return path
 
-    Every SHARD batches the state is saved. A run that was interrupted reads its documents again, but encodes and writes
-    only what comes after that.
-    """
-    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in source.files]
-    settings = [source.description, encoding.name, errors, PIECE, BATCH]
-    split = [splitter.key.decode(), splitter.threshold, splitter.cut_at]
-    state = load_state(folder / "state.json", [*settings, *split, hashlib.sha256(repr(files).encode()).hexdigest()])
-    done, counts = state["done"], state["counts"]
-    size = sum(size for _, size, _ in files)
+
+def fetch(url: str, path: Path) -> None:
+    """One attempt: go on where an earlier one broke off if the server can. Raises unless the file is whole then."""
+    with replacing(path, "ab") as file:
+        start = max(file.tell() - 1, 0)  # there is a byte to ask for even if only the renaming is missing
+        with urlopen(Request(url, headers={"Range": f"bytes={start}-"}), timeout=60) as response:
+            start = start if response.status == 206 else 0
+            file.seek(start)
+            file.truncate()
+            size = start + int(response.headers.get("Content-Length", 0))
+            with tqdm.wrapattr(response, "read", desc=path.name, initial=start, total=size) as body:
+                shutil.copyfileobj(body, file, 1 << 20)
+        if file.tell() != size:
+            raise ConnectionError(f"{file.tell():,} of {size:,} bytes came")
+
+
+def read_blocks(path: Path) -> Iterator[tuple[str, bool]]:
+    """The text of a UTF-8 file in blocks, each with whether it is the last, which is empty. Raises ValueError."""
+    with path.open(encoding="utf-8", newline="\n") as file:
+        try:
+            while text := file.read(BLOCK) + file.readline(BLOCK):  # to a line end, or as much again of a long line
+                yield text, False
+            yield "", True
+        except UnicodeDecodeError as error:
+            offset = file.buffer.tell() - len(error.object) + error.start
+            raise ValueError(f"{path} is not UTF-8 at offset {offset}: convert it, for example with iconv") from error
+
+
+def find_files(arguments: list[str], pattern: str) -> list[Path]:
+    """Files as given, folders searched for `pattern`, each once. Raises ValueError."""
+    paths = []
+    for path in map(Path, arguments):
+        require(path.exists(), f"{path} does not exist; give files and folders, or one of {', '.join(KNOWN)}")
+        found = sorted(p for p in path.rglob("*") if p.match(pattern) and p.is_file()) if path.is_dir() else [path]
+        require(found, f"no file in {path} matches {pattern!r}; choose another --pattern, such as '*.md'")
+        paths += found
+    return list(dict.fromkeys(paths))
+
+
+def split_by_hash(paths: list[Path], val_fraction: float, seed: int) -> Iterator[Piece]:
+    """A document goes to val if the hash of its first block is low: equal documents always go the same way."""
+    for path in paths:
+        split = None
+        for text, last in read_blocks(path):
+            if split is None:
+                digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()[:64]).digest()
+                split = "val" if int.from_bytes(digest) < val_fraction * 2**64 else "train"
+            yield split, text, last
+
+
+def cut_once(paths: list[Path], train_bytes: int) -> Iterator[Piece]:
+    """The text up to the last line end within `train_bytes` goes to train, what follows to val."""
+    split, done = "train", 0
+    for text, last in itertools.chain.from_iterable(map(read_blocks, paths)):
+        size = len(text.encode())
+        if split == "train" and done + size > train_bytes:
+            head = text.encode()[: train_bytes - done].decode(errors="ignore")
+            cut = head.rfind("\n") + 1 or len(head)
+            yield "train", text[:cut], True
+            split, text = "val", text[cut:]
+        yield split, text, last
+        done += size
+
+
+def read_local(what: list[str], pattern: str, folder: Path, val_fraction: float, seed: int):
+    """Description, size in bytes and pieces of files, a document each; streams are first copied to `folder`."""
+    if what == ["stdlib"]:  # of the running interpreter
+        source, paths = f"standard library of Python {sys.version.split()[0]}", []
+        for root, subfolders, names in os.walk(sysconfig.get_path("stdlib")):
+            subfolders[:] = sorted(set(subfolders) - NOT_STDLIB)  # where os.walk goes next
+            paths += [Path(root, name) for name in sorted(names) if name.endswith(".py")]
+    else:
+        source, paths = " ".join(what), find_files(what, pattern)
+    for i, path in enumerate(paths):
+        if not path.is_file():  # it does not tell its size
+            paths[i] = folder / f"{i}-{path.name}"
+            with path.open("rb") as stream, replacing(paths[i]) as file:
+                shutil.copyfileobj(stream, file)
+    size = sum(path.stat().st_size for path in paths)
+    if len(paths) < FEW:
+        return source, size, cut_once(paths, int(size * (1 - val_fraction)))
+    return source, size, split_by_hash(paths, val_fraction, seed)
+
+
+def read_tinystories(url: str) -> Iterator[Piece]:
+    """The stories with their published split: what stands between lines that hold only <|endoftext|>, stripped."""
+    raw, separator = DATA / "tinystories" / "raw", re.compile(f"^{re.escape(END_OF_TEXT)}$", re.MULTILINE)
+    files = {split: download(f"{url}/{name}", raw / name, sha256) for split, (name, sha256) in TINYSTORIES.items()}
+    for split, path in files.items():
+        rest = ""  # of a story that may go on in the next block
+        for text, _ in read_blocks(path):
+            *stories, rest = separator.split(rest + text)
+            for story in stories:
+                yield split, story.strip(), True
+        yield split, rest.strip(), True
+
+
+def read_archive(path: Path) -> Iterator[str]:
+    """The documents of a tar of tar.xz files, three or more line ends made two, stripped. Raises ValueError."""
+    try:
+        with tarfile.open(path, "r|") as archive:
+            for member in filter(tarfile.TarInfo.isfile, archive):
+                with tarfile.open(fileobj=archive.extractfile(member), mode="r|xz") as subset:
+                    for entry in filter(tarfile.TarInfo.isfile, subset):  # its name reaches no file system
+                        text = subset.extractfile(entry).read().decode()
+                        yield re.sub("\n\n\n+", "\n\n", text).strip()
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it to download it again") from error
+
+
+def read_openwebtext(url: str) -> Iterator[Piece]:
+    """The documents with nanoGPT's split. Raises ValueError unless they are as many as were published."""
+    raw, free = DATA / "openwebtext" / "raw", shutil.disk_usage(DATA).free
+    needed = 31.5e9 - sum(path.stat().st_size for path in raw.glob("*"))  # 13.4 GB of archives, 18.1 of gpt2 tokens
+    print(f"OpenWebText needs {needed / 1e9:.1f} GB more in {DATA}/, {free / 1e9:.1f} GB are free")
+    require(free > needed, f"too little disk space for OpenWebText in {DATA}/: make room and start again")
+    paths = [download(f"{url}/{name}", raw / name) for name in OPENWEBTEXT]
+    val = set(np.random.default_rng(2357).permutation(OPENWEBTEXT_DOCUMENTS)[:OPENWEBTEXT_VAL].tolist())
+    count = 0
+    for count, text in enumerate(itertools.chain.from_iterable(map(read_archive, paths)), start=1):
+        yield "val" if count - 1 in val else "train", text, True
+    require(count == OPENWEBTEXT_DOCUMENTS, f"{count:,} documents, not {OPENWEBTEXT_DOCUMENTS:,}: delete {raw}")
+
+
+def write_bins(pieces: Iterator[Piece], size: int, folder: Path, encoding: tiktoken.Encoding, workers: int) -> dict:
+    """Write folder/train.bin and val.bin from about `size` bytes of text; returns what meta.json says about each."""
+
+    def encode(piece: Piece) -> np.ndarray:
+        _, text, last = piece
+        if encoding.name == "bytes":  # the bytes are the ids: a hundred times faster than asking tiktoken
+            ids = np.frombuffer(text.encode(), np.uint8)
+        else:
+            ids = encoding.encode_to_numpy(text, disallowed_special=())
+        ids = ids.astype(np.min_scalar_type(encoding.n_vocab - 1))
+        return np.append(ids, ids.dtype.type(encoding.eot_token)) if last else ids
+
+    group = list(itertools.islice(pieces, GROUP))  # a source that downloads does so here
+    counts = {split: Counter() for split in SPLITS}
+    begun = dict.fromkeys(SPLITS, False)  # whether a document of this split has had text
     with (
-        (folder / "train.bin").open("ab") as train,
-        (folder / "val.bin").open("ab") as val,
+        ThreadPoolExecutor(workers) as pool,
+        replacing(folder / "train.bin") as train,
+        replacing(folder / "val.bin") as val,
         tqdm(desc="tokenizing", total=size, unit="B", unit_scale=True) as progress,
     ):
-        bins = {"train": train, "val": val}
-        for split, file in bins.items():
-            file.truncate(state["file_size"][split])
-            file.seek(0, os.SEEK_END)
-
-        def save() -> None:
-            for split, file in bins.items():
-                sync(file)
-                state["file_size"][split] = file.tell()
-            state["done"] = done
-            with replacing(folder / "state.json", "w") as file:
-                json.dump(state, file)
-
-        reader = Reader(errors, progress)
-        splitter.reset()
-        todo = itertools.islice(batches(splitter(source.documents(reader))), done, None)
-        for result in encode_all(encoding, todo, workers):
-            for split, (ids, documents, text_bytes) in result.items():
-                bins[split].write(ids.tobytes())
-                counts[split]["documents"] += documents
-                counts[split]["bytes"] += text_bytes
-                counts[split]["tokens"] += len(ids)
-            done += 1
-            if done % SHARD == 0:
-                save()
-        save()
-    return counts, {"empty": splitter.empty, "replaced": reader.replaced}
-
-
-def write_dataset(
-    source: Source, name: str, encoding: tiktoken.Encoding, val_fraction: float, seed: int, errors: str, workers: int
-) -> dict:
-    """Prepare data/NAME from a source; returns what meta.json holds. An older one stays until the new one is whole."""
-    splitter = Splitter(val_fraction, seed)
-    if not source.published_split:
-        with tqdm(desc="looking at the documents", unit="B", unit_scale=True, leave=False) as progress:
-            splitter.settle(source.documents(Reader(errors, progress)))
-    unfinished = DATA / f".{name}.unfinished"
-    unfinished.mkdir(parents=True, exist_ok=True)
-    try:
-        counts, left_out = write_bins(source, unfinished, encoding, splitter, errors, workers)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise UserError(f"no space left in {DATA}/: make room and start again, it will go on") from error
-        raise
-    for split in SPLITS:
-        if not counts[split]["tokens"]:
-            shutil.rmtree(unfinished)
-            raise UserError(f"{source.description} contains no text for {split}: nothing was written")
-    for split in SPLITS:
-        counts[split]["sha256"] = file_sha256(unfinished / f"{split}.bin")
-    meta = {
-        "name": name,
-        "encoding": encoding.name,
-        "vocab_size": encoding.n_vocab,
-        "dtype": token_dtype(encoding.n_vocab).name,
-        "splits": counts,
-        **left_out,
-        "source": source.description,
-        "val_fraction": val_fraction,
-        "seed": seed,
-    }
-    with replacing(unfinished / "meta.json", "w") as file:
-        json.dump(meta, file, indent=2)
-    folder = DATA / name
-    folder.mkdir(exist_ok=True)
-    (folder / "meta.json").unlink(missing_ok=True)  # from here until it is back, data/NAME counts as not prepared
-    for file in ("train.bin", "val.bin", "meta.json"):
-        os.replace(unfinished / file, folder / file)
-    shutil.rmtree(unfinished)
-    return meta
+        while group:
+            for (split, text, last), ids in zip(group, pool.map(encode, group), strict=True):
+                if text or begun[split]:  # empty documents are left out
+                    begun[split] = not last
+                    (train if split == "train" else val).write(ids)
+                    counts[split].update(documents=int(last), bytes=len(text.encode()), tokens=len(ids))
+                    progress.update(len(text.encode()))
+            group = list(itertools.islice(pieces, GROUP))
+    for split, count in counts.items():
+        require(count["tokens"], f"there is no text for {split}: choose another --val-fraction, or give more text")
+        count["sha256"] = file_sha256(folder / f"{split}.bin")
+    return counts
 
 
 def prepare(
-    what: list[str],
-    name: str | None = None,
-    encoding: str | None = None,
-    pattern: str = "*.txt",
-    field: str | None = None,
-    val_fraction: float = 0.1,
-    seed: int = 1337,
-    errors: str = "strict",
-    workers: int | None = None,
-    base_url: str | None = None,
-    v1: bool = False,
+    what: list[str], name=None, encoding=None, pattern="*.txt", val_fraction=0.1, seed=1337, workers=None, base_url=None
 ) -> dict:
-    """Prepare a known dataset (one name) or local files and folders; returns what meta.json holds. Raises UserError."""
-    if not 0 < val_fraction < 1:
-        raise UserError(f"--val-fraction must lie between 0 and 1, got {val_fraction}")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"--seed must be at least 0 and below 2**63, got {seed}")
-    workers = (os.cpu_count() or 1) if workers is None else workers
-    if workers < 1:
-        raise UserError(f"--workers must be at least 1, got {workers}")
-    known = [w for w in what if w in KNOWN]
-    if known and len(what) > 1:
-        raise UserError(f"{known[0]} is prepared alone: python prepare.py {known[0]}")
-    if what.count("-") > 1:
-        raise UserError("standard input (-) can be read only once")
-    for option, given, where in (
-        ("--v1", v1, ("tinystories",)),
-        ("--base-url", base_url, ("tinystories", "openwebtext")),
-    ):
-        if given and what[0] not in where:
-            raise UserError(f"{option} is for {' and '.join(where)} only")
-    if field and known:
-        raise UserError(f"--field is for .jsonl files, not for {known[0]}")
-    if name is None:
-        plain = re.sub(r"(\.(txt|jsonl))?(\.(gz|xz))?$", "", Path(what[0]).resolve().name)
-        name = known[0] + "-v1" * v1 if known else "stdin" if what[0] == "-" else plain
-        if name in KNOWN and not known:
-            raise UserError(
-                f"{what[0]} would be prepared under the name of a known dataset; choose another with --name"
-            )
-    if not NAME.fullmatch(name):
-        raise UserError(f"{name!r} can't be the name of a dataset (letters, digits, _ . -); choose one with --name")
-    if encoding is None:
-        encoding = "bytes" if what == ["stdlib"] else "gpt2"
-    loaded = get_encoding(encoding)  # before any download or long reading
-    base_url = base_url.rstrip("/") + "/" if base_url else None
-    if what == ["stdlib"]:
-        source = stdlib_source()
-    elif what == ["tinystories"]:
-        source = tinystories_source(base_url, version=1 if v1 else 2)
-    elif what == ["openwebtext"]:
-        source = openwebtext_source(base_url, workers)
-    else:
-        source = local_source([save_stdin(name) if w == "-" else w for w in what], pattern, field)
-    meta = write_dataset(source, name, loaded, val_fraction, seed, errors, workers)
-    print_table(meta)
-    if what == ["openwebtext"] and encoding == "gpt2":
-        agree = all(meta["splits"][split]["tokens"] == tokens for split, tokens in OPENWEBTEXT_TOKENS.items())
-        print(f"the numbers of tokens {'equal' if agree else 'differ from'} nanoGPT's: {OPENWEBTEXT_TOKENS}")
-    return meta
-
-
-def save_stdin(name: str) -> str:
-    """Copy standard input to data/NAME/raw/stdin, because documents may have to be read twice. Returns the path."""
-    if sys.stdin is None:
-        raise UserError("standard input is closed; pipe text into python prepare.py -")
-    path = DATA / name / "raw" / "stdin"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        shutil.copyfileobj(sys.stdin.buffer, file)
-    return str(path)
-
-
-def print_table(meta: dict) -> None:
-    """What meta.json holds, for people."""
-    vocabulary = f"{meta['encoding']} encoding, {meta['vocab_size']} ids as {meta['dtype']}"
-    print(f"{DATA / meta['name']}: {meta['source']}, {vocabulary}")
-    print(f"{'':8}{'documents':>12}{'bytes':>16}{'tokens':>16}{'bytes/token':>14}")
+    """Prepare a known dataset (one name) or files and folders; returns meta.json. Raises ValueError and OSError."""
+    require(0 < val_fraction < 1, f"--val-fraction must lie between 0 and 1, got {val_fraction}")
+    require(workers is None or workers > 0, f"--workers must be at least 1, got {workers}")
+    name = name or Path(what[0]).resolve().name.removesuffix(".txt")
+    require(what == [name] or name not in KNOWN, f"{name} is the name of a known dataset; choose another --name")
+    require(re.fullmatch(r"\w[\w.-]*", name, re.ASCII), f"{name!r} can't be a --name (letters, digits, _ . -)")
+    require(what[0] in KNOWN[1:] or not base_url, "--base-url is for tinystories and openwebtext")
+    encoding = get_encoding(encoding or ("bytes" if what == ["stdlib"] else "gpt2"))
+    folder = DATA / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob("unfinished-*"):
+        print(f"{left} was left by a run that was killed, unless one is at work; you can delete it")
+    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=folder) as made:
+        if what == ["tinystories"]:
+            source = base_url or TINYSTORIES_URL
+            size, pieces = 2.25e9, read_tinystories(source)
+        elif what == ["openwebtext"]:
+            source = base_url or OPENWEBTEXT_URL
+            size, pieces = 40e9, read_openwebtext(source)
+        else:
+            source, size, pieces = read_local(what, pattern, Path(made), val_fraction, seed)
+        meta = {"name": name, "source": source, "val_fraction": val_fraction, "seed": seed, "encoding": encoding.name}
+        meta |= {"vocab_size": encoding.n_vocab, "dtype": np.min_scalar_type(encoding.n_vocab - 1).name}
+        meta["splits"] = write_bins(pieces, size, Path(made), encoding, workers or os.cpu_count())
+        with replacing(Path(made) / "meta.json", "w") as file:
+            json.dump(meta, file, indent=2)
+        (folder / "meta.json").unlink(missing_ok=True)  # until it is back, data/NAME counts as not prepared
+        for file_name in ("train.bin", "val.bin", "meta.json"):
+            os.replace(f"{made}/{file_name}", folder / file_name)
+    print(f"{folder}: {printable(source)}, {encoding.name} encoding, {meta['dtype']}")
+    print(f"{'':8}{'documents':>12}{'bytes':>16}{'share':>8}{'tokens':>16}{'bytes/token':>14}")
+    total = sum(count["bytes"] for count in meta["splits"].values())
     for split, n in meta["splits"].items():
-        ratio = n["bytes"] / n["tokens"]
-        print(f"{split:8}{n['documents']:>12,}{n['bytes']:>16,}{n['tokens']:>16,}{ratio:>14.2f}")
-    if meta["empty"] or meta["replaced"]:
-        print(f"{meta['empty']:,} empty documents left out, {meta['replaced']:,} undecodable places replaced")
-
-
-# Reading a prepared dataset
-
-
-def load_meta(name: str) -> dict:
-    """Contents of data/NAME/meta.json. Raises UserError where the dataset is missing or damaged."""
-    if not NAME.fullmatch(name):
-        raise UserError(f"{name!r} can't be the name of a dataset (letters, digits, _ . -)")
-    path = DATA / name / "meta.json"
-    how = f"python prepare.py {name}" if name in KNOWN else f"python prepare.py FILE_OR_FOLDER --name {name}"
-    if not path.exists():
-        raise UserError(f"dataset {name!r} is not prepared ({path} is missing); run: {how}")
-    try:
-        meta = json.loads(path.read_text())
-        usable = meta["vocab_size"] > 0 and np.dtype(meta["dtype"]) == token_dtype(meta["vocab_size"])
-        usable = usable and all(meta["splits"][split][key] > 0 for split in SPLITS for key in ("tokens", "bytes"))
-        usable = usable and isinstance(meta["encoding"], str)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        usable = False
-    if not usable:
-        raise UserError(f"{path} is damaged; run again: {how}")
+        share, ratio = n["bytes"] / total, n["bytes"] / n["tokens"]
+        print(f"{split:8}{n['documents']:>12,}{n['bytes']:>16,}{share:>8.1%}{n['tokens']:>16,}{ratio:>14.2f}")
     return meta
-
-
-def load_tokens(name: str, split: str) -> np.ndarray:
-    """Token ids of one split, memory-mapped read-only. Raises UserError if the file does not match meta.json."""
-    meta = load_meta(name)
-    path = DATA / name / f"{split}.bin"
-    expected = meta["splits"][split]["tokens"] * np.dtype(meta["dtype"]).itemsize
-    if not path.exists() or path.stat().st_size != expected:
-        found = f"{path.stat().st_size:,} bytes" if path.exists() else "missing"
-        raise UserError(
-            f"{path} is {found}, meta.json promises {expected:,} bytes: prepare {name} again with python prepare.py"
-        )
-    return np.memmap(path, dtype=meta["dtype"], mode="r")
 
 
 class Dataset(NamedTuple):
@@ -879,99 +364,54 @@ class Dataset(NamedTuple):
     @property
     def bytes_per_token(self) -> float:
         """Length of the validation split's text in bytes, over its tokens."""
-        val = self.meta["splits"]["val"]
-        return val["bytes"] / val["tokens"]
+        return self.meta["splits"]["val"]["bytes"] / self.meta["splits"]["val"]["tokens"]
 
     @property
-    def fingerprint(self) -> dict:
-        """Checksums of the tokens, which change when a dataset is prepared anew with another result."""
-        return {split: self.meta["splits"][split].get("sha256") for split in SPLITS}
+    def fingerprint(self) -> dict[str, str]:
+        """Checksum of each split's tokens."""
+        return {split: self.meta["splits"][split]["sha256"] for split in SPLITS}
 
     def check_fits(self, encoding: str, vocab_size: int, block_size: int) -> None:
-        """Raise UserError unless a model that reads `encoding` can be trained and evaluated on these tokens."""
-        if self.meta["encoding"] != encoding:
-            raise UserError(
-                f"dataset {self.name!r} is in the {self.meta['encoding']} encoding, the model reads {encoding}: "
-                f"prepare the text once more with --encoding {encoding} and another --name"
-            )
-        if self.meta["vocab_size"] > vocab_size:
-            raise UserError(
-                f"dataset {self.name!r} has {self.meta['vocab_size']} token ids, more than vocab_size {vocab_size}: "
-                "raise vocab_size, or leave it out to take the dataset's"
-            )
+        """Raise ValueError unless a model that reads `encoding` can be trained and evaluated on these tokens."""
+        name, ours, ids = self.name, self.meta["encoding"], self.meta["vocab_size"]
+        require(ours == encoding, f"dataset {name!r} is encoded as {ours}, the model reads {encoding}: prepare another")
+        require(ids <= vocab_size, f"dataset {name!r} has {ids} token ids, vocab_size is {vocab_size}: leave it out")
         for split, tokens in (("train", self.train), ("val", self.val)):
-            if len(tokens) <= block_size:
-                raise UserError(
-                    f"the {split} split of {self.name!r} has {len(tokens)} tokens, too few for block_size "
-                    f"{block_size}: prepare more text, or choose a smaller block_size"
-                )
+            require(len(tokens) > block_size, f"{name!r} has {len(tokens)} {split} tokens, block_size is {block_size}")
 
 
 def open_dataset(name: str) -> Dataset:
-    """The dataset data/NAME, memory-mapped. Raises UserError."""
-    return Dataset(name, load_meta(name), *(load_tokens(name, split) for split in SPLITS))
-
-
-def cut_windows(tokens: np.ndarray, offsets: np.ndarray, length: int, vocab_size: int) -> np.ndarray:
-    """Windows of `length` tokens that start at `offsets`, (offsets, length) as int64. Raises UserError for a bad id."""
-    windows = np.stack([tokens[i : i + length] for i in offsets]).astype(np.int64)
-    if windows.max() >= vocab_size:
-        raise UserError(
-            f"{tokens.filename} holds token id {windows.max()}, beyond vocab_size {vocab_size}: "
-            "prepare the dataset again with python prepare.py"
-        )
-    return windows
-
-
-def spaced_offsets(tokens: np.ndarray, block_size: int, wanted: int) -> np.ndarray:
-    """Where evenly spaced windows begin that hold about `wanted` tokens together, each with a target for its last."""
-    count = max(1, min(wanted, len(tokens) - 1) // block_size)
-    return np.linspace(0, len(tokens) - block_size - 1, count).astype(np.int64)
-
-
-def check(name: str) -> None:
-    """Compare data/NAME with its meta.json and show the first document. Raises UserError if anything differs."""
-    meta = load_meta(name)
-    encoding = get_encoding(meta["encoding"])
-    for split in SPLITS:
-        load_tokens(name, split)  # checks the length
-        if file_sha256(DATA / name / f"{split}.bin") != meta["splits"][split].get("sha256"):
-            raise UserError(f"{DATA / name / split}.bin is not what was written (checksum); prepare {name} again")
-    print_table(meta)
-    first = load_tokens(name, "train")[:2000].tolist()
-    if encoding.eot_token in first:
-        first = first[: first.index(encoding.eot_token)]
-    print(f"checksums agree; the first training document begins:\n\n{encoding.decode(first)}")
+    """The dataset data/NAME, memory-mapped. Raises ValueError, which names the command that mends it."""
+    path, tokens = DATA / name / "meta.json", []
+    mend = f"run python prepare.py {name if name in KNOWN else f'FILE_OR_FOLDER --name {name}'}"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        encoding = get_encoding(meta["encoding"])
+        real = {"vocab_size": encoding.n_vocab, "dtype": np.min_scalar_type(encoding.n_vocab - 1).name}
+        require(meta == meta | real, f"{path} does not fit its encoding, {encoding.name} with {real}")
+        for split in SPLITS:
+            counts, file = meta["splits"][split], path.with_name(f"{split}.bin")
+            good = all(type(counts[key]) is int and counts[key] > 0 for key in ("documents", "bytes", "tokens"))
+            require(good and type(counts["sha256"]) is str, f"{path} is damaged")
+            size = counts["tokens"] * np.dtype(meta["dtype"]).itemsize
+            require(file.stat().st_size == size, f"{file} does not have {size:,} bytes")
+            tokens.append(np.memmap(file, meta["dtype"], "r"))
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        raise ValueError(f"dataset {name!r} is not ready ({error}): {mend}") from error
+    return Dataset(name, meta, *tokens)
 
 
 def main() -> None:
     parser = Parser(prog="prepare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("what", nargs="*", metavar="NAME_OR_PATH", help=f"{', '.join(KNOWN)}; or files, folders, - for standard input")
-    add("--check", metavar="NAME", help="verify a prepared dataset and show its first document")
-    add("--name", help="the dataset's name (default: the known dataset's, or the first path's)")
-    add("--encoding", help="bytes, or a tiktoken encoding (default: bytes for stdlib, else gpt2)")
-    add("--pattern", default="*.txt", help="which files of a folder are documents (default: *.txt)")
-    add("--field", help="which field of a .jsonl line is the text; makes standard input .jsonl (default: text)")
-    add("--val-fraction", type=float, default=0.1, help="share of documents for val (default: 0.1)")
-    add("--seed", type=int, default=1337, help="another seed, another split (default: 1337)")
-    add(
-        "--errors",
-        choices=("strict", "replace"),
-        default="strict",
-        help="undecodable bytes: refuse, or replace and count",
-    )
-    add("--workers", type=int, help="threads that tokenize (default: one per core)")
-    add("--base-url", help="where to download from instead: a mirror with the publisher's file names")
-    add("--v1", action="store_true", help="tinystories: version 1, written by GPT-3.5 and GPT-4")
-    arguments = vars(parser.parse_args())
-    name = arguments.pop("check")
-    if bool(name) == bool(arguments["what"]):
-        raise UserError("give either what to prepare or --check NAME (see python prepare.py --help)")
-    if name:
-        check(name)
-    else:
-        prepare(**arguments)
+    parser.add_argument("what", nargs="+", metavar="NAME_OR_PATH", help=f"{', '.join(KNOWN)}; or files and folders")
+    parser.add_argument("--name", help="the dataset's name (default: the known dataset's, or the first path's)")
+    parser.add_argument("--encoding", help="bytes, or a tiktoken encoding (default: bytes for stdlib, else gpt2)")
+    parser.add_argument("--pattern", default="*.txt", help="which files of a folder are documents (default: *.txt)")
+    parser.add_argument("--val-fraction", type=float, default=0.1, help="share for val unless published (default: 0.1)")
+    parser.add_argument("--seed", type=int, default=1337, help="another seed, another split (default: 1337)")
+    parser.add_argument("--workers", type=int, help="threads that tokenize (default: one per core)")
+    parser.add_argument("--base-url", help="where to download from instead: a mirror with the publisher's file names")
+    prepare(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

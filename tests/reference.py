@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from model import NORM_EPS, DAGAggregator, Experts, MLPMixing, ModelConfig, SwiGLU
+from model import NORM_EPS, DAGAggregator, Experts, ModelConfig
 
 TINY = dict(
     vocab_size=23, block_size=16, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_expert=8, top_k=3,
@@ -31,12 +31,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x / (x.pow(2).mean(-1, keepdim=True) + NORM_EPS).sqrt() * weight
 
 
-def plain_dag(aggregator: DAGAggregator, gate_name: str, h, out, gate, residual: str = "1/K"):
+def plain_dag(aggregator: DAGAggregator, gate_name: str, h, out, gate):
     """Eq. 6 to 12 as the paper writes them: every concatenation of two nodes is built. (S, C), (S, K, C), (S, K)."""
     K = out.shape[1]
-    sigma = {"sigmoid": torch.sigmoid, "silu": lambda x: x * torch.sigmoid(x)}.get(gate_name)
-    part_of_h = {"1/K": h / K, "full": h, "none": 0 * h, "outside": 0 * h}[residual]
-    nodes = [gate[:, i, None] * out[:, i] + part_of_h for i in range(K)]  # Eq. 6
+    sigma = {"sigmoid": torch.sigmoid, "silu": lambda x: x * torch.sigmoid(x)}[gate_name]
+    nodes = [gate[:, i, None] * out[:, i] + h / K for i in range(K)]  # Eq. 6
     for layer in aggregator.layers:
         z = [rms_norm(n, layer.norm.weight) @ layer.w_down.weight.T for n in nodes]  # Eq. 7
         new = []
@@ -44,28 +43,17 @@ def plain_dag(aggregator: DAGAggregator, gate_name: str, h, out, gate, residual:
             total = 0
             for j in range(K):
                 edge = torch.cat([z[i], z[j]], dim=-1)  # Eq. 8
-                e = sigma(edge @ layer.w_edge.weight.T) if sigma else 1  # Eq. 9; "none": every edge is open
+                e = sigma(edge @ layer.w_edge.weight.T)  # Eq. 9
                 total = total + e * (edge @ layer.w_node.weight.T)  # Eq. 10
             new.append(nodes[i] + total @ layer.w_up.weight.T)  # Eq. 11
         nodes = new
-    return sum(nodes) + (h if residual == "outside" else 0)  # Eq. 12
+    return sum(nodes)  # Eq. 12
 
 
-def plain_mlp(mixing: MLPMixing, h, out, gate):
-    """Σ_i n_i + W_up GELU(W_mix concat(z_1, ..., z_K)), token by token. (S, C), (S, K, C), (S, K)."""
-    rows = []
-    for s in range(len(h)):
-        nodes = [g * o + h[s] / len(out[s]) for g, o in zip(gate[s], out[s], strict=True)]
-        z = torch.cat([mixing.w_down.weight @ rms_norm(n, mixing.norm.weight) for n in nodes])
-        x = mixing.w_mix.weight @ z
-        rows.append(sum(nodes) + mixing.w_up.weight @ (0.5 * x * (1 + torch.erf(x / 2**0.5))))
-    return torch.stack(rows)
-
-
-def plain_swiglu(network: SwiGLU, x: torch.Tensor) -> torch.Tensor:
+def plain_swiglu(gate_proj, up_proj, down_proj, x: torch.Tensor) -> torch.Tensor:
     """down(silu(gate x) ⊙ up x)."""
-    gate, up = x @ network.gate_proj.weight.T, x @ network.up_proj.weight.T
-    return (gate * torch.sigmoid(gate) * up) @ network.down_proj.weight.T
+    gate = x @ gate_proj.T
+    return (gate * torch.sigmoid(gate) * (x @ up_proj.T)) @ down_proj.T
 
 
 def plain_router(weight: torch.Tensor, x: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The network: router, experts, causality, equality with Hugging Face's Mixtral, generation, sizes and costs."""
+"""The network: the graph against the paper's equations, router, experts, equality with Mixtral, generation, cost."""
 
 import math
 import warnings
@@ -6,13 +6,18 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_module
-from model import GPT, Experts, ModelConfig, Router, RouterStats, balance_loss, window_start
+import train
+from model import GPT, DAGAggregator, Experts, ModelConfig, MoE, Router, WeightedSum
+from tests.conftest import REPOSITORY
 from tests.reference import (
     assert_same,
+    plain_dag,
     plain_experts,
+    plain_router,
     plain_swiglu,
     randomize,
     results_and_gradients,
@@ -20,7 +25,13 @@ from tests.reference import (
     tiny_config,
 )  # fmt: skip
 
-ALL = pytest.mark.parametrize("aggregator", model_module.AGGREGATORS)
+KINDS = {
+    "sum": {"aggregator": "sum"},
+    "dag": {"aggregator": "dag"},
+    "dag+shared": {"aggregator": "dag", "shared_dim": 8},
+}
+ALL = pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
+BOTH = pytest.mark.parametrize("cls", [WeightedSum, DAGAggregator])
 
 
 def tiny_model(**changes) -> GPT:
@@ -32,20 +43,106 @@ def random_tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(23, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-# Router
+def random_inputs(config, tokens: int, dtype=torch.float64) -> dict[str, torch.Tensor]:
+    """h, out and gate of the seam."""
+    generator = torch.Generator().manual_seed(7)
+    h = torch.randn(tokens, config.n_embd, generator=generator, dtype=dtype)
+    out = torch.randn(tokens, config.top_k, config.n_embd, generator=generator, dtype=dtype)
+    gate = torch.rand(tokens, config.top_k, generator=generator, dtype=dtype).softmax(-1)
+    return {"h": h, "out": out, "gate": gate}
 
 
-def balance_of(stats: RouterStats) -> torch.Tensor:
-    """The balance loss of one layer."""
-    return balance_loss(stats.load[None], stats.prob[None])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("gate_name", ["sigmoid", "silu"])
+@pytest.mark.parametrize(("depth", "top_k"), [(1, 1), (1, 4), (2, 2), (3, 3)])
+def test_dag_equals_the_papers_equations(depth, top_k, gate_name, dtype, tolerance):
+    """Value and the gradients of h, out, gate and every weight equal those of the plain Eq. 6 to 12."""
+    config = tiny_config(dag_depth=depth, top_k=top_k, dag_gate=gate_name)
+    aggregator = randomize(DAGAggregator(config)).to(dtype)
+    inputs = random_inputs(config, tokens=5, dtype=dtype)
+    ours = results_and_gradients(aggregator, inputs, aggregator)
+    plain = results_and_gradients(lambda **x: plain_dag(aggregator, gate_name, **x), inputs, aggregator)
+    assert len(ours) == 1 + 3 + 5 * depth
+    assert all(x.abs().max() > 1e-3 for x in ours.values()), "what vanishes tests nothing"
+    assert_same(ours, plain, tolerance)
+
+
+@pytest.mark.parametrize("gate_name", ["sigmoid", "silu"])
+def test_dag_gradcheck(gate_name):
+    """Gradients equal finite differences, and are finite also where every node is exactly zero."""
+    config = tiny_config(n_embd=8, dag_dim=3, dag_depth=2, top_k=2, dag_gate=gate_name)
+    aggregator = randomize(DAGAggregator(config)).double()
+    inputs = random_inputs(config, tokens=2)
+    arguments = [x.requires_grad_() for x in inputs.values()]
+    weights = list(aggregator.parameters())
+    assert torch.autograd.gradcheck(lambda h, out, gate, *_: aggregator(h, out, gate), (*arguments, *weights))
+    zero = aggregator(torch.zeros_like(inputs["h"]), torch.zeros_like(inputs["out"]).requires_grad_(), inputs["gate"])
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(zero.sum(), weights, allow_unused=False))
+
+
+@pytest.mark.parametrize("gate_name", ["sigmoid", "silu"])
+def test_edges_are_those_of_the_equations(gate_name):
+    """edges()[s, i, j] is the edge from node j to node i: gate and message edge by edge."""
+    config = tiny_config(dag_gate=gate_name)
+    layer = randomize(DAGAggregator(config)).double().layers[0]
+    node = random_inputs(config, tokens=5)["out"]
+    e, m = layer.edges(node)
+    sigma = {"sigmoid": torch.sigmoid, "silu": F.silu}[gate_name]
+    for s, i, j in torch.cartesian_prod(*map(torch.arange, (5, 3, 3))).tolist():
+        z_i, z_j = (layer.w_down.weight @ rms_norm(node[s, x], layer.norm.weight) for x in (i, j))
+        edge = torch.cat([z_i, z_j])
+        gate = sigma(layer.w_edge.weight @ edge)
+        assert (e[s, i, j] - gate).abs().max() < 1e-12
+        assert (m[s, i, j] - gate * (layer.w_node.weight @ edge)).abs().max() < 1e-12
+
+
+@BOTH
+def test_mixed_second_difference(cls):
+    """f(a,b) - f(a,0) - f(0,b) + f(0,0) in two expert outputs: zero for the sum, not for the DAG.
+
+    So the DAG is no reparameterised linear combination of the expert outputs.
+    """
+    config = tiny_config(top_k=2)
+    aggregator, x = randomize(cls(config)).double(), random_inputs(config, tokens=6)
+
+    def f(first: float, second: float) -> torch.Tensor:
+        return aggregator(x["h"], x["out"] * torch.tensor([first, second]).view(1, 2, 1), x["gate"])
+
+    mixed = (f(1, 1) - f(1, 0) - f(0, 1) + f(0, 0)).abs().max().item()
+    assert mixed < 1e-12 if cls is WeightedSum else mixed > 1e-2
+
+
+@BOTH
+def test_order_of_the_experts_does_not_matter(cls):
+    """Both aggregators are symmetric in the K nodes: their order carries no information."""
+    config = tiny_config(top_k=4)
+    aggregator, x = randomize(cls(config)).double(), random_inputs(config, tokens=3)
+    order = torch.tensor([2, 0, 3, 1])
+    permuted = aggregator(x["h"], x["out"][:, order], x["gate"][:, order])
+    assert (permuted - aggregator(**x)).abs().max() < 1e-12
+
+
+def test_a_new_dag_is_the_sum_of_the_same_seed():
+    """For one seed all weights that both have are equal; W_up = 0 makes the logits equal; and W_up learns."""
+    tokens, models = random_tokens(3, 16), []
+    for name in ("sum", "dag"):
+        torch.manual_seed(5)
+        models.append(GPT(tiny_config(aggregator=name)))
+    weights = dict(models[1].named_parameters())
+    assert all(torch.equal(weight, weights[name]) for name, weight in models[0].named_parameters())
+    assert (models[0](tokens).logits - models[1](tokens).logits).abs().max() <= 1e-5
+    models[1](tokens, tokens).loss.backward()
+    w_up = [p for name, p in weights.items() if "w_up" in name]
+    assert len(w_up) == 4 and all(p.abs().max() == 0 < p.grad.abs().max() for p in w_up)
+    torch.manual_seed(6)
+    assert not torch.equal(GPT(tiny_config()).embed.weight, models[1].embed.weight), "another seed, another model"
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_balance_loss(top_k):
     """1 when balanced for any K; E/K when collapsed onto K experts."""
     E = 8
-    config = tiny_config(n_expert=E, top_k=top_k, n_embd=32)
-    router = Router(config)
+    router = Router(tiny_config(n_expert=E, top_k=top_k))
     with torch.no_grad():
         router.weight.zero_()[:, :E] = torch.eye(E)
     # Token s prefers experts s, s+1, …, s+K-1 equally: every expert is chosen equally often.
@@ -53,67 +150,45 @@ def test_balance_loss(top_k):
     for s in range(E):
         for i in range(top_k):
             balanced[s, (s + i) % E] = 20.0
-    assert balance_of(router(balanced)[2]).item() == pytest.approx(1.0, abs=1e-4)
+    assert router(balanced)[2][0].item() == pytest.approx(1.0, abs=1e-4)
     collapsed = torch.zeros(E, 32)
     collapsed[:, :top_k] = 20.0
-    _, expert, stats = router(collapsed)
-    assert balance_of(stats).item() == pytest.approx(E / top_k, rel=1e-4)
-    assert stats.load.tolist() == [E] * top_k + [0] * (E - top_k)
+    _, expert, (balance, _, load) = router(collapsed)
+    assert balance.item() == pytest.approx(E / top_k, rel=1e-4)
+    assert load.tolist() == [E] * top_k + [0] * (E - top_k)
     assert set(expert.flatten().tolist()) == set(range(top_k))
 
 
 def test_balance_gradient_reaches_unselected_experts():
     """Every expert's router weights get a gradient from the balance loss, also those no token selected."""
     router = randomize(Router(tiny_config(n_expert=8, top_k=1)))
-    _, expert, stats = router(torch.randn(1, 32, generator=torch.Generator().manual_seed(0)))
-    balance_of(stats).backward()
+    _, expert, (balance, _, _) = router(torch.randn(1, 32, generator=torch.Generator().manual_seed(0)))
+    balance.backward()
     unselected = [e for e in range(8) if e not in expert]
-    assert len(unselected) == 7
-    assert (router.weight.grad[unselected].abs().amax(dim=1) > 0).all()
+    assert len(unselected) == 7 and (router.weight.grad[unselected].abs().amax(dim=1) > 0).all()
 
 
-@pytest.mark.parametrize("norm_topk", [True, False])
-def test_router_equals_a_loop(norm_topk):
-    """Gates, experts, load, both losses and the largest logit as the formulas have them, token by token."""
-    config = tiny_config(norm_topk=norm_topk)
-    router = randomize(Router(config)).double()
+@pytest.mark.parametrize(("norm_topk", "top_k"), [(True, 3), (False, 3), (True, 1)])
+def test_router_equals_a_loop(norm_topk, top_k):
+    """Gates, experts, load and both losses as the formulas have them, token by token; a single gate is the prob."""
+    router = randomize(Router(tiny_config(norm_topk=norm_topk, top_k=top_k))).double()
     x = torch.randn(9, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    gate, expert, stats = router(x)
-    load, mean_prob, z, max_logit = [0] * 8, torch.zeros(8, dtype=torch.float64), 0.0, 0.0
+    gate, expert, (balance, z, load) = router(x)
+    expected_load, mean_prob, expected_z = [0] * 8, torch.zeros(8, dtype=torch.float64), 0.0
     for s in range(9):
         logits = router.weight @ x[s]
         prob = logits.exp() / logits.exp().sum()
-        best = sorted(range(8), key=lambda e: -prob[e].item())[:3]
+        best = sorted(range(8), key=lambda e: -prob[e].item())[:top_k]
         assert expert[s].tolist() == best
-        total = sum(prob[e] for e in best) if norm_topk else 1.0
+        total = sum(prob[e] for e in best) if norm_topk and top_k > 1 else 1.0
         for i, e in enumerate(best):
             assert gate[s, i].item() == pytest.approx((prob[e] / total).item(), abs=1e-12)
-            load[e] += 1
+            expected_load[e] += 1
         mean_prob += prob / 9
-        z += (logits.exp().sum().log() ** 2 / 9).item()
-        max_logit = max(max_logit, *(abs(x) for x in logits.tolist()))
-    assert stats.load.tolist() == load
-    assert stats.z.item() == pytest.approx(z, abs=1e-10)
-    assert stats.max_logit.item() == pytest.approx(max_logit, abs=1e-12) and not stats.max_logit.requires_grad
-    assert router(-x)[2].max_logit.item() == pytest.approx(max_logit, abs=1e-12), "by absolute value"
-    balance = 8 * sum(load[e] / 27 * mean_prob[e].item() for e in range(8))
-    assert balance_of(stats).item() == pytest.approx(balance, abs=1e-10)
-
-
-def test_balance_loss_of_parts_averages_to_that_of_the_whole():
-    """With the whole batch's load, the losses of a batch's parts, and their gradients, average to the whole's."""
-    router = randomize(Router(tiny_config())).double()
-    x = torch.randn(12, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    whole = router(x)[2]
-    halves = [router(part)[2] for part in x.split(6)]
-    losses = [balance_loss(whole.load[None], half.prob[None]) for half in halves]
-    gradients = [torch.autograd.grad(loss, router.weight)[0] for loss in (balance_of(whole), sum(losses) / 2)]
-    assert sum(losses).item() / 2 == pytest.approx(balance_of(whole).item(), abs=1e-12)
-    assert (gradients[0] - gradients[1]).abs().max() <= 1e-12
-    assert sum(balance_of(half) for half in halves).item() / 2 != pytest.approx(balance_of(whole).item(), abs=1e-3)
-    layers = torch.stack([whole.load, halves[0].load]), torch.stack([whole.prob, halves[0].prob])
-    mean = (balance_of(whole) + balance_of(halves[0])).item() / 2
-    assert balance_loss(*layers).item() == pytest.approx(mean, abs=1e-12)
+        expected_z += (logits.exp().sum().log() ** 2 / 9).item()
+    assert load.tolist() == expected_load and z.item() == pytest.approx(expected_z, abs=1e-10)
+    expected = 8 * sum(expected_load[e] / (9 * top_k) * mean_prob[e].item() for e in range(8))
+    assert balance.item() == pytest.approx(expected, abs=1e-10)
 
 
 def test_router_keeps_full_precision_under_autocast():
@@ -126,9 +201,6 @@ def test_router_keeps_full_precision_under_autocast():
     assert torch.equal(expert, expert16) and torch.equal(gate, gate16) and gate16.dtype == torch.float32
 
 
-# Experts
-
-
 @pytest.mark.parametrize(
     ("dtype", "expert_dim", "tolerance"),
     [(torch.float32, 16, 1e-5), (torch.float64, 16, 1e-10), (torch.float32, 6, 1e-5)],
@@ -139,29 +211,33 @@ def test_experts_equal_a_loop_over_tokens(dtype, expert_dim, tolerance, monkeypa
     used = []
     grouped_mm = F.grouped_mm
     monkeypatch.setattr(F, "grouped_mm", lambda *a, **k: used.append(1) or grouped_mm(*a, **k))
-    experts = randomize(Experts(tiny_config(expert_dim=expert_dim))).to(dtype)
+    experts = randomize(Experts(tiny_config(), 8, expert_dim)).to(dtype)
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(7, 32, generator=generator, dtype=dtype)
     expert = torch.stack([torch.randperm(5, generator=generator)[:3] + 1 for _ in range(7)])  # 0, 6 and 7 stay empty
     fast = results_and_gradients(experts, {"x": x, "expert": expert}, experts)
     assert bool(used) == (dtype == torch.float32 and expert_dim == 16)
     plain = results_and_gradients(
-        lambda x, expert: plain_experts(experts, x, expert), {"x": x, "expert": expert}, experts
+        lambda **inputs: plain_experts(experts, **inputs), {"x": x, "expert": expert}, experts
     )
     assert_same(fast, plain, tolerance)
     assert fast["grad gate_proj"][[0, 6, 7]].abs().max() == 0
 
 
-def test_experts_for_few_tokens_equal_a_loop():
-    """Two tokens' six slots are fewer than the eight experts, so the slots' weights are fetched instead."""
-    experts = randomize(Experts(tiny_config()))
-    x = torch.randn(2, 32, generator=torch.Generator().manual_seed(2))
-    inputs = {"x": x, "expert": torch.tensor([[3, 0, 5], [7, 3, 1]])}
-    plain = results_and_gradients(lambda x, expert: plain_experts(experts, x, expert), inputs, experts)
-    assert_same(results_and_gradients(experts, inputs, experts), plain, 1e-5)
+def test_shared_expert_equals_a_loop():
+    """The feed-forward half with an always-on expert: router, norm, experts and it as formulas, with gradients."""
+    moe = randomize(MoE(WeightedSum, tiny_config(shared_dim=20))).double()
+    h = torch.randn(6, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
+    def plain(h: torch.Tensor) -> torch.Tensor:
+        x = rms_norm(h, moe.norm.weight)
+        gate, expert = plain_router(moe.router.weight, x, 3)
+        shared = plain_swiglu(moe.shared.gate_proj[0], moe.shared.up_proj[0], moe.shared.down_proj[0], x)
+        return h + (gate.unsqueeze(-1) * plain_experts(moe.experts, x, expert)).sum(dim=1) + shared
 
-# The whole network
+    ours = results_and_gradients(lambda h: moe(h.unsqueeze(0))[0].squeeze(0), {"h": h}, moe)
+    assert len(ours) == 1 + 1 + 8 and all(x.abs().max() > 1e-3 for x in ours.values())
+    assert_same(ours, results_and_gradients(plain, {"h": h}, moe), 1e-10)
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -215,9 +291,9 @@ def test_sum_equals_hugging_face_mixtral(tie):
 
 @ALL
 @pytest.mark.parametrize("training", [True, False])
-def test_no_leak_from_the_future_or_from_other_rows(aggregator, training):
+def test_no_leak_from_the_future_or_from_other_rows(changes, training):
     """Logits at t change neither with later tokens nor with other rows of the batch, training or not."""
-    model = tiny_model(aggregator=aggregator).train(training)
+    model = tiny_model(**changes).train(training)
     tokens = random_tokens(4, 16)
     logits = model(tokens).logits
     future = tokens.clone()
@@ -232,16 +308,21 @@ def test_no_leak_from_the_future_or_from_other_rows(aggregator, training):
 
 
 def test_forward_always_returns_the_same_thing():
-    """Logits, loss, router statistics of every layer; targets of -1 are ignored; load counts every slot."""
+    """Logits, loss, both auxiliary losses as means over layers, load; targets of -1 are ignored."""
     model = tiny_model()
     tokens, targets = random_tokens(2, 16), random_tokens(2, 16, seed=1)
-    without, with_targets = model(tokens), model(tokens, targets)
+    aux = []
+    hooks = [block.moe.router.register_forward_hook(lambda *a: aux.append(a[2][2])) for block in model.blocks]
+    without = model(tokens)
+    for hook in hooks:
+        hook.remove()
+    with_targets = model(tokens, targets)
     assert without.loss is None and torch.equal(without.logits, with_targets.logits)
     plain = F.cross_entropy(without.logits.flatten(0, 1), targets.flatten())
     assert with_targets.loss.item() == pytest.approx(plain.item(), abs=1e-6)
-    router = without.router
-    assert router.load.shape == (2, 8) and (router.load.sum(dim=1) == 2 * 16 * 3).all()
-    assert router.prob.shape == (2, 8) and router.z.shape == router.max_logit.shape == (2,)
+    assert without.balance.item() == pytest.approx(sum(a[0].item() for a in aux) / 2, abs=1e-6)
+    assert without.z.item() == pytest.approx(sum(a[1].item() for a in aux) / 2, abs=1e-5)
+    assert without.load.shape == (2, 8) and (without.load.sum(dim=1) == 2 * 16 * 3).all()
 
     masked = targets.clone()
     masked[:, 5:] = -1
@@ -252,10 +333,10 @@ def test_forward_always_returns_the_same_thing():
 
 
 @ALL
-def test_one_batch_overfits(aggregator):
+def test_one_batch_overfits(changes):
     """At most two hundred steps on one batch bring the loss below 0.05."""
     torch.manual_seed(0)
-    model = GPT(tiny_config(aggregator=aggregator, n_embd=64, expert_dim=64))
+    model = GPT(tiny_config(**changes, n_embd=64, expert_dim=64))
     tokens = random_tokens(4, 17)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(200):
@@ -271,42 +352,29 @@ def test_one_batch_overfits(aggregator):
 def test_initialisation():
     """normal(0, 0.02); what writes into the residual stream smaller by sqrt(2·n_layer); W_up zero; norms one."""
     torch.manual_seed(0)
-    model = GPT(ModelConfig(n_layer=3, tie_embeddings=False))
-    small = 0.02 / math.sqrt(6)
-    block = model.blocks[1]
-    layer = block.moe.aggregate.layers[0]
-    for std, weights in {
-        0.02: [
-            model.embed.weight, model.head.weight, block.attention.q_proj.weight, block.attention.k_proj.weight,
-            block.attention.v_proj.weight, block.moe.router.weight, block.moe.experts.gate_proj,
-            block.moe.experts.up_proj, layer.w_down.weight, layer.w_edge.weight, layer.w_node.weight,
-        ],
-        small: [block.attention.o_proj.weight, block.moe.experts.down_proj],
-        0.0: [layer.w_up.weight],
-    }.items():  # fmt: skip
-        for weight in weights:
-            assert weight.std().item() == pytest.approx(std, rel=0.1)
-            assert abs(weight.mean().item()) <= 0.1 * std
-    assert all((p == 1).all() for p in model.parameters() if p.dim() == 1)
-    torch.manual_seed(0)
-    again = GPT(ModelConfig(n_layer=3, tie_embeddings=False))
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    assert not torch.equal(GPT(again.config).embed.weight, again.embed.weight), "another draw, another model"
+    model = GPT(ModelConfig(n_layer=3, tie_embeddings=False, shared_dim=64))
+    small = {"o_proj", "down_proj"}
+    for name, weight in model.named_parameters():
+        part = name.removesuffix(".weight").split(".")[-1]
+        if weight.dim() == 1 or part == "w_up":
+            assert (weight == (1.0 if weight.dim() == 1 else 0.0)).all(), name
+        else:
+            std = 0.02 / math.sqrt(6) if part in small else 0.02
+            assert weight.std().item() == pytest.approx(std, rel=0.1) and abs(weight.mean().item()) <= 0.1 * std, name
+    assert not torch.equal(model.blocks[0].attention.q_proj.weight, model.blocks[1].attention.q_proj.weight)
 
 
-@pytest.mark.slow
 @ALL
-def test_compiles_without_breaks_in_bfloat16(aggregator):
+def test_compiles_without_breaks_in_bfloat16(changes):
     """torch.compile(fullgraph=True) under bfloat16 autocast computes the same, and compiles nothing more after once."""
     torch._dynamo.reset()
-    model = tiny_model(aggregator=aggregator)
-    tokens = random_tokens(2, 16)
+    model, tokens = tiny_model(**changes), random_tokens(2, 16)
 
     def step(network):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             out = network(tokens, tokens)
-        (out.loss + balance_loss(out.router.load, out.router.prob)).backward()
+        (out.loss + out.balance).backward()
         return {"loss": out.loss.detach(), "grad": model.blocks[0].attention.o_proj.weight.grad.clone()}
 
     with warnings.catch_warnings():
@@ -318,10 +386,10 @@ def test_compiles_without_breaks_in_bfloat16(aggregator):
     assert_same(compiled, step(model), 2e-2)
 
 
-@pytest.mark.parametrize("aggregator", [name for name in model_module.AGGREGATORS if name != "dense"])
-def test_bfloat16_is_close_to_float32(aggregator):
+@ALL
+def test_bfloat16_is_close_to_float32(changes):
     """Autocast reaches every product, grouped ones included, and changes the loss by rounding only."""
-    model = GPT(ModelConfig(aggregator=aggregator, n_layer=2))
+    model = GPT(ModelConfig(**changes, n_layer=2))
     tokens = random_tokens(2, 64)
     exact = model(tokens, tokens).loss
     with torch.autocast("cpu", torch.bfloat16):
@@ -331,54 +399,23 @@ def test_bfloat16_is_close_to_float32(aggregator):
     assert 0 < abs(exact.item() - rounded.item()) < 0.02
 
 
-# Generation
-
-
 def generate(model: GPT, tokens: torch.Tensor, count: int, **choice) -> list[list[int]]:
     return torch.stack(list(model.generate(tokens, count, **choice)), dim=1).tolist()
 
 
 @ALL
-def test_cached_generation_equals_uncached(aggregator):
+@pytest.mark.parametrize("length", [1, 5, 16, 40])
+def test_cached_generation_equals_uncached(changes, length):
     """Greedy tokens with the cache are those of whole forward passes over the documented window, far beyond it."""
-    model = tiny_model(aggregator=aggregator)
-    tokens = random_tokens(2, 5)
+    model, tokens = tiny_model(**changes), random_tokens(2, length)
     cached = generate(model, tokens, 40, temperature=0)
+    window = tokens[:, -16:]
     for _ in range(40):
-        window = tokens[:, window_start(tokens.shape[1], 16) :]
-        assert window.shape[1] <= 16
-        tokens = torch.cat([tokens, model(window).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
-    assert cached == tokens[:, 5:].tolist()
+        new = model(window).logits[:, -1].argmax(-1, keepdim=True)
+        tokens, window = torch.cat([tokens, new], dim=1), torch.cat([window, new], dim=1)
+        window = window[:, -8:] if window.shape[1] > 16 else window
+    assert cached == tokens[:, length:].tolist()
     assert len({token for row in cached for token in row}) > 5, "a model that repeats itself tests little"
-
-
-@ALL
-def test_texts_of_different_lengths_share_a_batch(aggregator):
-    """Each row gets what it gets alone, before and after its window slides; padding tokens' ids do not matter."""
-    model = tiny_model(aggregator=aggregator)
-    texts = [random_tokens(1, length, seed=length) for length in (1, 14, 5, 23)]
-    alone = [generate(model, text, 40, temperature=0)[0] for text in texts]
-    for filler in (0, 7):
-        pad = [23 - text.shape[1] for text in texts]
-        rows = [torch.cat([torch.full((1, p), filler), text], dim=1) for p, text in zip(pad, texts, strict=True)]
-        assert generate(model, torch.cat(rows), 40, temperature=0, pad=pad) == alone
-
-
-def test_window():
-    """All tokens up to block_size, then half a window is dropped whenever it is full."""
-    assert [window_start(n, 16) for n in (1, 15, 16, 17, 24, 25, 32, 33, 1000)] == [0, 0, 0, 8, 8, 16, 16, 24, 984]
-    assert all(0 < n - window_start(n, size) <= size for size in (2, 3, 16) for n in range(1, 100))
-
-
-def test_generating_changes_nothing():
-    """The loss is the same before and after generating: nothing is kept on the module."""
-    model = tiny_model()
-    tokens = random_tokens(2, 16)
-    before = dict(model.state_dict()), model(tokens, tokens)
-    generate(model, tokens[:, :4], 20)
-    after = model(tokens, tokens)
-    assert torch.equal(before[1].loss, after.loss) and torch.equal(before[1].router.prob, after.router.prob)
-    assert before[0].keys() == model.state_dict().keys()
 
 
 def test_choice_of_the_next_token():
@@ -386,125 +423,83 @@ def test_choice_of_the_next_token():
     logits = torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log()
 
     def chosen(**choice) -> set[int]:
-        arguments = {"temperature": 1.0, "top_k": None, "top_p": None} | choice
         generator = torch.Generator().manual_seed(0)
-        return {model_module.choose(logits, generator=generator, **arguments).item() for _ in range(200)}
+        return {model_module.choose(logits, generator=generator, **choice).item() for _ in range(200)}
 
-    assert chosen() == {0, 1, 2, 3}
+    assert chosen() == {0, 1, 2, 3} == chosen(top_k=100) == chosen(top_p=1.0)
     assert chosen(temperature=0) == {0} == chosen(top_k=1) == chosen(top_p=0.4) == chosen(temperature=0.05)
+    assert chosen(temperature=1e-45) == {0} == chosen(top_p=1e-45)
     assert chosen(top_k=3) == {0, 1, 2} == chosen(top_p=0.8)
-    assert chosen(top_k=100) == {0, 1, 2, 3} == chosen(top_p=1.0)
-    model = tiny_model()
-    start = random_tokens(2, 3)
+    model, start = tiny_model(), random_tokens(2, 3)
     first = generate(model, start, 30, generator=torch.Generator().manual_seed(4))
     assert first == generate(model, start, 30, generator=torch.Generator().manual_seed(4))
     assert max(max(row) for row in first) > 10
-    few = generate(model, start, 30, generator=torch.Generator().manual_seed(4), n_token=10)
-    assert max(max(row) for row in few) < 10
+    assert max(max(row) for row in generate(model, start, 30, n_token=10)) < 10
 
 
-# Sizes and costs
-
-
-@ALL
-@pytest.mark.parametrize("tie", [True, False])
-def test_parameter_formulas(aggregator, tie):
-    """The formulas count the real tensors: all, those active for a token, embeddings."""
-    model = GPT(tiny_config(aggregator=aggregator, tie_embeddings=tie))
-    count = model.count_parameters()
-    assert count.total == sum(p.numel() for p in model.parameters())
-    stacked = [p for name, p in model.named_parameters() if ".experts." in name]
-    E, K = model.config.n_expert, model.config.top_k
-    assert count.active == count.total - sum(p.numel() for p in stacked) * (E - K) // E
-    assert bool(stacked) == (aggregator != "dense")
-    assert count.embeddings == sum(p.numel() for p in {model.embed.weight, model.head.weight})
-
-
-class CountProducts(TorchDispatchMode):
-    """Counts multiply-adds of every matrix product that is executed."""
-
-    def __init__(self):
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
-        result = function(*arguments, **(kwargs or {}))
-        name = function.name().split("::")[1].split(".")[0]
-        if name in ("mm", "bmm", "_grouped_mm"):
-            self.total += result.numel() * arguments[0].shape[-1]
-        elif "attention" in name:
-            q, k = arguments[:2]
-            self.total += 2 * q.numel() * k.shape[-2]  # scores, and the same number for the values
-        return result
-
-
-def test_dense_is_one_swiglu_with_the_experts_multiply_adds():
-    """h + down(silu(gate x) ⊙ up x) of hidden size K·H, no choice; as many multiply-adds as sum without its router."""
-    model = tiny_model(aggregator="dense")
-    moe, h = model.blocks[0].moe, torch.randn(10, 32, generator=torch.Generator().manual_seed(1))
-    ours = results_and_gradients(lambda h: moe(h)[0], {"h": h}, moe)
-    plain = results_and_gradients(lambda h: h + plain_swiglu(moe.network, rms_norm(h, moe.norm.weight)), {"h": h}, moe)
-    assert_same(ours, plain, 1e-5)
-    assert moe.network.gate_proj.weight.shape == (3 * 16, 32)
-    stats = moe(h)[1][0]
-    assert balance_of(stats).item() == pytest.approx(1.0) and stats.z == stats.max_logit == 0
-    dense, sparse = model.multiply_adds_per_token(), tiny_model(aggregator="sum").multiply_adds_per_token()
-    with CountProducts() as products:
-        moe(h)
-    assert 2 * products.total / 10 == dense.experts == sparse.experts - 2 * 8 * 32
-    assert dense.total == sparse.total - 2 * 8 * 32 and dense.aggregator == 0
+def grouped_products(rows_shape, weight_shape, *_, out_shape=None, **__) -> int:
+    """Floating-point operations of aten._grouped_mm: each row (N, I) meets one of the weights (E, I, O)."""
+    return 2 * rows_shape[0] * rows_shape[1] * weight_shape[2]
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"aggregator": name} for name in ("sum", "shared", "mlp", "coe")]
-    + [{"dag_depth": 1}, {"dag_depth": 3}, {"dag_depth": 2, "dag_gate": "none"}],
+    [
+        *KINDS.values(),
+        {"aggregator": "sum", "shared_dim": 8},
+        {"dag_depth": 3},
+        {"top_k": 1},
+        {"tie_embeddings": False},
+    ],
     ids=str,
 )
-def test_multiply_add_formulas(changes):
-    """The formulas equal the products that a forward pass executes, part by part."""
+def test_cost_is_what_is_there_and_what_is_computed(changes):
+    """Parameters are counted tensors, multiply-adds counted products of a forward pass, the graph's part its own."""
     model = tiny_model(**changes)
-    block, formula = model.blocks[0], model.multiply_adds_per_token()
-    S, config = 2 * 16, model.config
+    config, cost, moe = model.config, model.cost(), model.blocks[0].moe
+    assert cost["parameters"] == sum(p.numel() for p in model.parameters())
+    stacked = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    assert cost["active"] == cost["parameters"] - stacked * (8 - config.top_k) // 8
 
     def count(function, *arguments) -> float:
-        with torch.no_grad(), CountProducts() as products:
+        counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_products})
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             function(*arguments)
-        return products.total / S
+        return counter.get_total_flops() / 2 / 32  # multiply-adds per token of 2 x 16
 
-    x = torch.randn(2, 16, 32)
-    rope = model_module.rope_table(torch.arange(16), config)
-    assert formula.attention == 2 * count(block.attention, x, rope)
-    if config.aggregator != "coe":
-        flat, expert = x.view(S, 32), torch.zeros(S, 3, dtype=torch.long)
-        assert formula.experts == 2 * (count(block.moe.router, flat) + count(block.moe.experts, flat, expert))
-        beyond = count(block.moe.aggregate, flat, torch.randn(S, 3, 32), torch.rand(S, 3))
-        assert formula.aggregator == 2 * (beyond + (count(block.moe.shared, flat) if block.moe.shared else 0))
-    assert formula.head == count(model.head, x)
-    assert formula.total == count(model, random_tokens(2, 16))
+    assert cost["multiply_adds"] == count(model, random_tokens(2, 16))
+    seam = torch.randn(32, 32), torch.randn(32, config.top_k, 32), torch.rand(32, config.top_k)
+    assert cost["aggregator"] == 2 * count(moe.aggregate, *seam)
+    assert (cost["aggregator"] > 0) == (config.aggregator == "dag")
 
 
-# Configuration
+def test_large_config_has_the_papers_699_million_parameters():
+    """dag_moe_l counts 699M with the 128,256-word vocabulary."""
+    config = train.make_config(ModelConfig, train.read_settings([str(REPOSITORY / "configs/dag_moe_l.toml")]))
+    with torch.device("meta"):
+        model = GPT(config)
+    assert config.vocab_size == 128_256 and round(model.cost()["parameters"] / 1e6) == 699
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_embd": 30}, r"n_embd \(30\) must be a multiple of n_head \(4\)"),
-        ({"n_embd": 12}, r"must be even for rotary positions, got 12 / 4"),
-        ({"n_kv_head": 3}, r"n_head \(4\) must be a multiple of n_kv_head \(3\)"),
-        ({"top_k": 9}, r"top_k \(9\) must not exceed n_expert \(8\)"),
-        ({"n_layer": 0}, r"n_layer must be at least 1, got 0"),
-        ({"block_size": 1}, r"block_size must be at least 2, got 1"),
-        ({"dag_depth": 1.5}, r"dag_depth must be of type int, got 1.5"),
-        ({"n_expert": True}, r"n_expert must be of type int, got True"),
-        ({"tie_embeddings": 1}, r"tie_embeddings must be of type bool, got 1"),
-        ({"rope_theta": -1.0}, r"rope_theta must be a number above 1, got -1.0"),
-        ({"rope_theta": float("nan")}, r"rope_theta must be a number above 1, got nan"),
-        ({"aggregator": "mean"}, r"aggregator must be one of sum, shared, mlp, coe, dense, dag, got 'mean'"),
-        ({"dag_gate": "relu"}, r"dag_gate must be one of sigmoid, silu, none, got 'relu'"),
-        ({"dag_residual": "h"}, r"dag_residual must be one of 1/K, full, none, outside, got 'h'"),
-        ({"aggregator": "coe", "top_k": 3}, r"top_k \(3\) must be even for coe"),
+        ({"n_embd": 30}, "n_embd must be a multiple of 2·n_head, got .*'n_head': 4, 'n_embd': 30"),
+        ({"n_embd": 12}, "n_embd must be a multiple of 2·n_head"),
+        ({"n_kv_head": 3}, "n_head must be a multiple of n_kv_head, got .*'n_head': 4, 'n_kv_head': 3"),
+        ({"top_k": 9}, "top_k must not exceed n_expert, got .*'n_expert': 8, 'top_k': 9"),
+        ({"n_layer": 0}, r"n_layer must be at least 1 and below 2\*\*31, got 0"),
+        ({"n_embd": 10**30}, "n_embd must be at least 1"),
+        ({"n_layer": 10**6}, "must not exceed 1000, got .*'n_layer': 1000000"),
+        ({"shared_dim": -1}, "shared_dim must be at least 0"),
+        ({"block_size": 1}, "block_size must be at least 2, got .*'block_size': 1"),
+        ({"dag_depth": 1.5}, "dag_depth must be of type int, got 1.5"),
+        ({"n_expert": True}, "n_expert must be of type int, got True"),
+        ({"tie_embeddings": 1}, "tie_embeddings must be of type bool, got 1"),
+        ({"rope_theta": -1.0}, "rope_theta must lie between 1 and 1e30, got .*-1.0"),
+        ({"rope_theta": math.nan}, "rope_theta must lie between"),
+        ({"aggregator": "mean"}, "aggregator must be one of sum, dag.*, got .*'mean'"),
+        ({"dag_gate": "relu"}, "dag_gate must be one of sigmoid, silu, got .*'relu'"),
     ],
 )
 def test_nonsense_is_refused(changes, message):

@@ -1,456 +1,250 @@
 """prepare.py: nothing lost, nothing in both splits, nothing half-written, and clear answers to bad input."""
 
 import errno
-import gzip
 import hashlib
 import http.server
 import io
-import json
-import lzma
+import itertools
 import os
+import re
 import subprocess
 import sys
 import tarfile
 import threading
-import time
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
-import regex  # tiktoken needs it, so it is there
 import tiktoken
 
 import prepare
 from tests.conftest import make_corpus
-from tests.kill_prepare import kill_prepare
 
-EOT = 256
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(prepare.__file__).parent), "PYTHONIOENCODING": "ascii"}
 
 
-def read_documents(name: str) -> dict[str, list[bytes]]:
-    """The documents of a dataset in the byte encoding, by split."""
-    documents = {}
-    for split in prepare.SPLITS:
-        tokens = np.asarray(prepare.load_tokens(name, split))
-        assert tokens[-1] == EOT
-        ends = np.flatnonzero(tokens == EOT)
-        starts = np.concatenate([[0], ends[:-1] + 1])
-        documents[split] = [tokens[a:b].astype(np.uint8).tobytes() for a, b in zip(starts, ends, strict=True)]
+def read(name: str, encoding: str = "bytes") -> dict[str, list[bytes]]:
+    encoding, dataset, documents = prepare.get_encoding(encoding), prepare.open_dataset(name), {}
+    for split, tokens in (("train", dataset.train), ("val", dataset.val)):
+        *parts, rest = np.split(tokens, np.flatnonzero(tokens == encoding.eot_token) + 1)
+        assert len(rest) == 0, "<|endoftext|> comes last"
+        documents[split] = [encoding.decode_bytes(part[:-1].tolist()) for part in parts]
     return documents
 
 
-def all_documents(name: str) -> list[bytes]:
-    """Those of train, then those of val."""
-    documents = read_documents(name)
-    return documents["train"] + documents["val"]
+def snapshot(folder: Path) -> dict:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def snapshot(folder) -> dict:
-    """Every file below a folder and its contents."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+@pytest.fixture(params=["bytes", "gpt2"])
+def encoding(request):
+    """The byte encoding, and gpt2's where its vocabulary can be had: in tiktoken's cache, or over the network."""
+    try:
+        return prepare.get_encoding(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
 
 
-# What is written
-
-
-def test_every_document_comes_back_exactly_once(corpus):
-    """The splits together decode to the documents, each whole, once and in one split only; meta.json counts them."""
-    documents = read_documents("tiny")
+def test_every_document_comes_back_exactly_once(corpus, monkeypatch):
+    """Each is in one split, whole; meta.json counts them; nothing depends on the threads, or on how much they get."""
+    documents, meta, before = read("tiny"), prepare.open_dataset("tiny").meta, snapshot(prepare.DATA)
     assert sorted(documents["train"] + documents["val"]) == sorted(text.encode() for text in corpus)
-    assert documents["train"] and documents["val"]
-    meta = json.loads((prepare.DATA / "tiny/meta.json").read_text())
-    for split in prepare.SPLITS:
-        n = len(documents[split])
-        size = sum(map(len, documents[split]))
-        checksum = hashlib.sha256((prepare.DATA / f"tiny/{split}.bin").read_bytes()).hexdigest()
+    assert 4 <= len(documents["val"]) <= 24, "about a tenth of 120"
+    for split, texts in documents.items():
+        n, size = len(texts), sum(map(len, texts))
+        checksum = hashlib.sha256(Path(f"data/tiny/{split}.bin").read_bytes()).hexdigest()
         assert meta["splits"][split] == {"documents": n, "bytes": size, "tokens": size + n, "sha256": checksum}
     assert (meta["encoding"], meta["vocab_size"], meta["dtype"]) == ("bytes", 257, "uint16")
-    assert (meta["source"], meta["seed"], meta["val_fraction"]) == ("text", 1337, 0.1)
-
-
-def test_no_document_is_in_both_splits_not_even_a_copy(workdir):
-    """Copies of a document, under any name, end up in the split of the original."""
-    texts = make_corpus(workdir / "text", 60)
-    for i, text in enumerate(texts):
-        (workdir / "text" / f"copy-{i}.txt").write_bytes(text.encode())
-    prepare.prepare(["text"], name="twice", encoding="bytes", val_fraction=0.4)
-    documents = read_documents("twice")
-    assert len(documents["train"]) + len(documents["val"]) == 120
-    assert not set(documents["train"]) & set(documents["val"])
-    assert 24 <= len(documents["val"]) <= 72, "about 0.4 of 120"
+    assert (meta["name"], meta["source"], meta["seed"], meta["val_fraction"]) == ("tiny", "text", 1337, 0.1)
+    for workers, group in itertools.product((1, 2, 4), (1, 7, 1000)):
+        monkeypatch.setattr(prepare, "GROUP", group)
+        prepare.prepare(["text"], name="tiny", encoding="bytes", workers=workers)
+        assert snapshot(prepare.DATA) == before
 
 
 def test_split_depends_on_seed_and_contents_only(workdir):
-    """The same seed gives the same split wherever the files lie; another seed another one."""
-    make_corpus(workdir / "text")
-    make_corpus(workdir / "moved")
-    for i in range(40):  # other names, other order
-        (workdir / "moved" / f"{i:03}.txt").rename(workdir / "moved" / f"x{40 - i:03}.txt")
-    for name, folder, seed in (("a", "text", 1), ("b", "moved", 1), ("c", "text", 2)):
+    """The same seed gives the same split wherever a document lies, of a copy too; another seed another one."""
+    for i, text in enumerate(make_corpus(workdir / "text")):
+        (workdir / "text" / f"copy-{200 - i}.txt").write_bytes(text.encode())
+    make_corpus(workdir / "other")
+    for name, folder, seed in (("a", "text", 1), ("b", "other", 1), ("c", "other", 2)):
         prepare.prepare([folder], name=name, encoding="bytes", seed=seed)
-    val = {name: set(read_documents(name)["val"]) for name in "abc"}
-    assert val["a"] == val["b"] != val["c"]
+    assert sorted(read("a")["val"]) == sorted(2 * read("b")["val"])
+    assert set(read("b")["val"]) != set(read("c")["val"])
 
 
-def test_end_of_text_inside_a_document_is_text(workdir, gpt2):
-    """The characters <|endoftext|> in a document are not the separator."""
-    text = "before <|endoftext|> after"
-    (workdir / "a.txt").write_text(text)
-    (workdir / "b.txt").write_text("another")
-    for encoding in ("bytes", *gpt2):
-        prepare.prepare(["a.txt", "b.txt"], name="eot", encoding=encoding, val_fraction=0.5)
-        encoding = prepare.get_encoding(encoding)
-        both = [prepare.load_tokens("eot", split).tolist() for split in prepare.SPLITS]
-        assert sum(tokens.count(encoding.eot_token) for tokens in both) == 2
-        assert sorted(encoding.decode(tokens[:-1]) for tokens in both) == ["another", text]
+def test_fewer_than_100_documents_are_cut_once(workdir):
+    """Val is val_fraction of the bytes and begins at a line; every byte is there, in order; nothing else is cut."""
+    parts = ["".join(f"línea {i:03}\n" for i in range(100 * part, 100 * part + 100)) for part in range(4)]
+    for name, text in (*zip("0123", parts, strict=True), ("all", "".join(parts)), ("line", "日" * 1000)):
+        Path(f"{name}.txt").write_bytes(text.encode())
+    for names, fraction in itertools.product((["0", "1", "2", "3"], ["all"]), (0.01, 0.1, 0.3, 0.75, 0.99)):
+        prepare.prepare([f"{name}.txt" for name in names], name="few", encoding="bytes", val_fraction=fraction)
+        documents = read("few")
+        whole, val = b"".join(documents["train"] + documents["val"]), b"".join(documents["val"])
+        assert whole == "".join(parts).encode() and len(val) == pytest.approx(fraction * len(whole), abs=11)
+        assert len(documents["train"] + documents["val"]) <= len(names) + 1
+        assert all(text.endswith(b"\n") for text in documents["train"])
+    prepare.prepare(["line.txt"], encoding="bytes")
+    assert [len(text.decode()) for (text,) in read("line").values()] == [900, 100], "no line end: after a character"
 
 
-@pytest.fixture
-def gpt2():
-    """("gpt2",) where its vocabulary can be had: in tiktoken's cache, or over the network."""
-    try:
-        prepare.get_encoding("gpt2")
-    except prepare.UserError:
-        return ()
-    return ("gpt2",)
+def test_tokens_are_tiktokens_own(workdir, encoding, monkeypatch):
+    """Documents, read in one block or in many, decode to their text; in one block their ids are those of tiktoken."""
+    words = ["it's", "  two", "\n\n", "日本。", " 😀", "end.\n", "x" * 40, "\t", "don't\n    indented", "<|endoftext|>"]
+    long = " ".join(np.random.default_rng(0).choice(words, 3000)) + "é😀" * 999 + "\r\n\n"
+    texts = [long, "\ufeff", "x <|endoftext|>", *(f"short {i}" for i in range(100)), *[""] * 50]
+    for i, text in enumerate(texts):
+        Path(f"{i}.txt").write_bytes(text.encode())
+    for block in (1, 50, 333, 1 << 20):
+        monkeypatch.setattr(prepare, "BLOCK", block)
+        meta = prepare.prepare(["."], name="own", encoding=encoding.name, val_fraction=0.5)
+        documents = read("own", encoding.name)
+        assert sorted(documents["train"] + documents["val"]) == sorted(text.encode() for text in texts if text)
+        assert [meta["splits"][split]["documents"] for split in prepare.SPLITS] == list(map(len, documents.values()))
+    for split, tokens in (("train", prepare.open_dataset("own").train), ("val", prepare.open_dataset("own").val)):
+        own = ([*encoding.encode_ordinary(text.decode()), encoding.eot_token] for text in documents[split])
+        assert tokens.tolist() == list(itertools.chain(*own)) and tokens.dtype == np.uint16
 
 
-def test_encoding_equals_tiktokens_own(gpt2):
-    """The shortcuts (bytes through numpy, documents joined by their separator) give the ids tiktoken itself gives."""
-    texts = ["naïve 日本 😀\r\n\x00", "", "two  spaces \n", "x <|endoftext|> y", " leading", "end"]
-    for name in ("bytes", *gpt2):
-        encoding = prepare.get_encoding(name)
-        plain = [[*encoding.encode_ordinary(text), encoding.eot_token] for text in texts]
-        for count in range(1, len(texts) + 1):  # with and without the document that contains the separator
-            batch = [("train", text, True) for text in texts[:count]]
-            ids, documents, size = prepare.encode(encoding, batch)["train"]
-            assert ids.tolist() == [i for ids in plain[:count] for i in ids] and ids.dtype == np.uint16
-            assert documents == count and size == sum(len(text.encode()) for text in texts[:count])
-        unfinished = prepare.encode(encoding, [("val", "to be continued", False)])
-        assert unfinished["val"][0].tolist() == encoding.encode_ordinary("to be continued")
-        assert unfinished["val"][1] == 0 and len(unfinished["train"][0]) == 0
-    assert prepare.get_encoding("bytes").n_vocab == 257
-
-
-def test_long_documents_are_read_in_pieces_without_a_trace(workdir, monkeypatch, gpt2):
-    """Cut into pieces, a long document gives the tokens of the whole, in one split, with one separator."""
-    words = ["word", "it's", "123", "  two", "\n\n", "日本。", " 😀", "end.\n", "x" * 40, "\t", "don't\n    indented"]
-    rng = np.random.default_rng(0)
-    text = " ".join(words[i] for i in rng.integers(0, len(words), 3000))
-    (workdir / "long.txt").write_bytes(text.encode())
-    (workdir / "short.txt").write_text("short")
-    for name in ("bytes", *gpt2):
-        for piece in (50, 333, 1 << 20):
-            monkeypatch.setattr(prepare, "PIECE", piece)
-            prepare.prepare(["long.txt", "short.txt"], name="long", encoding=name)
-            both = {tuple(prepare.load_tokens("long", split).tolist()) for split in prepare.SPLITS}
-            encoding = prepare.get_encoding(name)
-            assert both == {tuple([*encoding.encode_ordinary(t), encoding.eot_token]) for t in (text, "short")}
-    assert prepare.find_cut("。" * 50) == 50, "a text without a good place is cut at its end"
-
-
-def wide_encoding() -> tiktoken.Encoding:
-    """An encoding that takes tiktoken's way, not the shortcut for bytes, and needs uint32; no download."""
-    ranks = {bytes([i]): i for i in range(256)}
-    return tiktoken.Encoding("wide", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 70_000})
-
-
-def test_end_of_text_is_text_even_where_a_cut_goes_through_it():
-    """Two pieces of a document that only together spell the separator do not become one."""
-    batch = [("train", "<|endof", False), ("train", "text|>", True)]
-    ids, documents, _ = prepare.encode(wide_encoding(), batch)["train"]
-    assert ids.tolist() == [*b"<|endoftext|>", 70_000] and documents == 1
-
-
-def test_large_vocabulary_gets_uint32(workdir, monkeypatch):
-    """Ids beyond 65,535 are not cut off."""
-    wide = wide_encoding()
+def test_large_vocabulary(workdir, monkeypatch):
+    """Ids beyond 65,535 are not cut off, and no special token (cl100k_base has more) is taken for more than text."""
+    special, ranks = {"<|endoftext|>": 70_000, "<|fim_prefix|>": 70_001}, {bytes([i]): i for i in range(256)}
+    wide = tiktoken.Encoding("wide", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special)
     monkeypatch.setattr(prepare, "get_encoding", lambda name: wide)
-    make_corpus(workdir / "text")
-    assert prepare.prepare(["text"], name="wide", encoding="wide")["dtype"] == "uint32"
-    assert prepare.load_tokens("wide", "train")[-1] == 70_000
-
-
-def test_a_single_document_is_cut_and_few_still_fill_both_splits(workdir, call, monkeypatch):
-    """One document is cut after a line, its end becomes val; with a few documents neither split stays empty."""
-    text = "".join(f"line {i}\n" for i in range(100))
-    (workdir / "one.txt").write_text(text)
-    status, out, _ = call(prepare, "one.txt", "--encoding=bytes")
-    assert status == 0 and "only one document" in out
-    documents = read_documents("one")
-    (head,), (tail,) = documents["train"], documents["val"]
-    assert head + tail == text.encode() and head.endswith(b"\n") and 0.85 < len(head) / len(text) <= 0.9
-    monkeypatch.setattr(prepare, "PIECE", 20)
-    assert call(prepare, "one.txt", "--encoding=bytes")[0] == 0
-    (head,), (tail,) = read_documents("one").values()
-    assert head + tail == text.encode() and 0.85 < len(head) / len(text) <= 0.9
-    for count in (2, 3):
-        for fraction in (0.01, 0.99):
-            folder = workdir / f"few-{count}-{fraction}"
-            make_corpus(folder, count)
-            prepare.prepare([str(folder)], name="few", encoding="bytes", val_fraction=fraction)
-            documents = read_documents("few")
-            assert documents["train"] and documents["val"]
-            assert len(documents["train"] + documents["val"]) == count
-
-
-# How gpt2 and cl100k_base split text into words before they encode them
-WORDS = {
-    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
-    "cl100k_base": (
-        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-        r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WORDS)
-def test_long_documents_are_cut_between_words(name):
-    """Where find_cut cuts, the words of the two parts are the words of the whole."""
-    rng = np.random.default_rng(1)
-    alphabet = np.array(["a", "Z", "7", "'s", ".", " ", "\n", "\r\n", "é", "日", "。"])
-    for length in (8, 30, 200) * 100:
-        text = "".join(rng.choice(alphabet, length))
-        cut = prepare.find_cut(text)
-        if cut < len(text):
-            assert cut >= len(text) // 2
-            parts = regex.findall(WORDS[name], text[:cut]) + regex.findall(WORDS[name], text[cut:])
-            assert parts == regex.findall(WORDS[name], text)
-
-
-def test_nothing_depends_on_workers_or_batches(corpus, monkeypatch):
-    """1, 2 and 4 threads, small batches and large ones: the same bytes."""
-    before = snapshot(prepare.DATA / "tiny")
-    for workers in (1, 2, 4):
-        for batch in (1, 1000, 1 << 20):
-            monkeypatch.setattr(prepare, "BATCH", batch)
-            prepare.prepare(["text"], name="tiny", encoding="bytes", workers=workers)
-            assert snapshot(prepare.DATA / "tiny") == before
+    Path("a.txt").write_text("<|fim_prefix|><|endoftext|>\n" * 9)
+    assert prepare.prepare(["a.txt"])["dtype"] == "uint32"
+    assert read("a")["train"] == [b"<|fim_prefix|><|endoftext|>\n" * 8]
 
 
 def test_files_folders_and_patterns(workdir, call):
     """Folders are searched for --pattern, files are taken as they are, none twice; the name is the first path's."""
     make_corpus(workdir / "src", 3)
-    (workdir / "src" / "sub").mkdir()
-    (workdir / "src" / "sub" / "code.py").write_text("print('hello')\n")
+    (workdir / "src" / "code.py").write_text("print('hello')\n" * 20)
     (workdir / "extra.md").write_text("# extra\n")
-    assert call(prepare, "src", "--encoding=bytes", "--pattern=*.py", "--name=py")[0] == 0
-    assert sum(map(len, read_documents("py").values())) == 2  # one document, cut
+    status, out, error = call(prepare, ".", "--encoding=bytes", "--pattern=*.py", "--name=py")
+    assert status == 0 and re.search(r"train +1 +270 +90.0%.*\nval +1 +30 +10.0%", out), error
     assert call(prepare, "src", "extra.md", "src/000.txt", "--encoding=bytes")[0] == 0
-    assert sum(map(len, read_documents("src").values())) == 4
+    assert sum(map(len, read("src").values())) == 4 + 1
 
 
-def test_json_lines_compressed_files_and_standard_input(workdir, call, monkeypatch):
-    """.jsonl with --field, .gz and .xz of everything, and - give the documents that plain files give."""
-    texts = make_corpus(workdir / "text", 12)
-    lines = "\n".join(json.dumps({"body": text, "id": i}) for i, text in enumerate(texts)) + "\n\n"
-    (workdir / "posts.jsonl").write_text(lines)
-    (workdir / "posts.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    (workdir / "posts.jsonl.xz").write_bytes(lzma.compress(lines.encode()))
-    (workdir / "packed").mkdir()
-    for i, text in enumerate(texts):
-        (workdir / "packed" / f"{i:03}.txt.gz").write_bytes(gzip.compress(text.encode()))
-    prepare.prepare(["text"], name="plain", encoding="bytes")
-    plain = read_documents("plain")
-    common = ("--encoding=bytes", "--name=other")
-    for arguments in (
-        ("posts.jsonl", "--field=body"),
-        ("posts.jsonl.gz", "--field=body"),
-        ("posts.jsonl.xz", "--field=body"),
-        ("packed", "--pattern=*.gz"),
-    ):
-        status, _, error = call(prepare, *arguments, *common)
-        assert status == 0, error
-        assert read_documents("other") == plain
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
-    assert call(prepare, "-", "--field=body", "--encoding=bytes")[0] == 0
-    assert read_documents("stdin") == plain
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(texts[0].encode())))
-    assert call(prepare, "-", "posts.jsonl", "--field=body", *common)[0] == 2, "standard input is .jsonl with --field"
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(texts[0].encode())))
-    assert call(prepare, "-", *common)[0] == 0
-    assert b"".join(all_documents("other")) == texts[0].encode()
+def test_streams(workdir):
+    """A FIFO and a pipe are read once, to their end, and give what a file with the same text gives."""
+    Path("plain.txt").write_text("".join(f"line {i}\n" for i in range(50_000)))
+    prepare.prepare(["plain.txt"], encoding="bytes")
+    os.mkfifo("fifo")
+    for path, writer in (("fifo", "cat plain.txt >fifo &"), ("<(cat plain.txt)", "")):
+        command = f"{writer} {sys.executable} {prepare.__file__} {path} --name stream --encoding bytes"
+        subprocess.run(["bash", "-c", command], check=True, capture_output=True)
+        assert read("stream") == read("plain")
+    assert Path("fifo").is_fifo() and sorted(os.listdir("data/stream")) == ["meta.json", "train.bin", "val.bin"]
 
 
 def test_the_place_of_an_undecodable_byte(workdir, refused, monkeypatch):
-    """The offset is that of the byte in the file, also where a character is cut by a chunk."""
-    (workdir / "bad.txt").write_bytes("abc€".encode() + b"d" * 9 + b"\xe6\x97x")
-    for piece in (1, 4, 5, 16, 100):
-        monkeypatch.setattr(prepare, "PIECE", piece)
-        refused("bad.txt is not UTF-8 text: byte 0xe6 at offset 15", prepare, "bad.txt", "--encoding=bytes")
-
-
-def test_undecodable_bytes_are_replaced_by_choice_and_counted(workdir, call, monkeypatch):
-    """--errors replace puts U+FFFD, says how often, and notes it; a character cut by a chunk is no error."""
-    (workdir / "a.txt").write_bytes("日本語".encode() * 50 + b"caf\xe9 \xff\xfe")
-    (workdir / "b.txt").write_text("fine")
-    (workdir / "empty.txt").write_text("")
-    monkeypatch.setattr(prepare, "PIECE", 7)
-    status, out, _ = call(prepare, "a.txt", "b.txt", "empty.txt", "--errors=replace", "--encoding=bytes", "--name=r")
-    assert status == 0 and "1 empty documents left out, 3 undecodable places replaced" in out
-    assert sorted(all_documents("r")) == sorted(["日本語".encode() * 50 + "caf\ufffd \ufffd\ufffd".encode(), b"fine"])
-    meta = prepare.load_meta("r")
-    assert (meta["empty"], meta["replaced"]) == (1, 3)
-
-
-# Known datasets
+    """The offset is that of the byte in the file, also far into it and where a character is cut by a block."""
+    for size, block in ((9, 1), (8190, 4), (8191, 1 << 16), (8192, 100), (300_000, 1 << 16)):
+        monkeypatch.setattr(prepare, "BLOCK", block)
+        (workdir / "bad.txt").write_bytes("€".encode() + b"d" * size + b"\xe6\x97x" + b"e" * 9000)
+        refused(f"bad.txt is not UTF-8 at offset {3 + size}", prepare, "bad.txt", "--encoding=bytes")
+    (workdir / "bad.txt").write_bytes("cut 日".encode()[:-1])
+    refused("bad.txt is not UTF-8 at offset 4", prepare, "bad.txt", "--encoding=bytes")
 
 
 def test_stdlib_is_the_running_interpreters_own(call):
-    """Real Python text without tests and installed packages."""
-    names = [str(path) for path in prepare.stdlib_source().files]
-    assert any(name.endswith("argparse.py") for name in names) and any("/json/" in name for name in names)
-    assert not any("/test/" in name or "/tests/" in name or "site-packages" in name for name in names)
-    assert sum(path.stat().st_size for path in prepare.stdlib_source().files) > 5_000_000
-
-
-def test_stdlib_without_sources_names_the_alternative(workdir, monkeypatch, refused):
-    """An interpreter that ships no .py files."""
-    monkeypatch.setattr(prepare.sysconfig, "get_path", lambda name: str(workdir))
-    refused("python prepare.py FOLDER --pattern '*.py' --name stdlib", prepare, "stdlib")
+    """Real Python text without tests and installed packages, in bytes."""
+    status, out, error = call(prepare, "stdlib")
+    assert status == 0 and "standard library of Python 3." in out and "bytes encoding" in out, error
+    texts = b"".join(itertools.chain(*read("stdlib").values()))
+    assert 5e6 < len(texts) < 50e6 and b"class ArgumentParser" in texts
+    assert b"class TestArgumentParser" not in texts and b"def parametrize" not in texts
 
 
 class Publisher(http.server.BaseHTTPRequestHandler):
     """Serves `files`; `mishaps` holds what goes wrong with the next requests for a path, in order."""
 
     def do_GET(self):
-        server, name = self.server, self.path.strip("/")
-        mishaps = server.mishaps.get(name, [])
-        mishap = mishaps.pop(0) if mishaps else None
-        server.requests.append((name, self.headers.get("Range")))
-        body = server.files.get(name)
+        server, body, mishap = self.server, self.server.files.get(self.path[1:]), next(self.server.mishaps, None)
+        start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-")) if server.ranges else 0
+        server.requests.append(start)
         if body is None or isinstance(mishap, int):
-            self.send_error(mishap or 404)
-            return
-        start, total = 0, len(body)
-        if self.headers.get("Range") and server.ranges:
-            start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
-            if start >= total:
-                self.send_response(416)
-                self.send_header("Content-Range", f"bytes */{total}")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                return
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
-        else:
-            self.send_response(200)
-        part = body[start:]
-        self.send_header("Content-Length", str(len(part)))
+            return self.send_error(mishap or 404)
+        self.send_response(206 if server.ranges else 200)
+        self.send_header("Content-Length", str(len(body) - start))
         self.end_headers()
-        self.wfile.write(part[: len(part) // 2] if mishap == "cut" else part)
+        self.wfile.write(body[start : (start + len(body)) // 2 if mishap == "cut" else None])
 
-    def log_message(self, *arguments):
-        pass
+    log_message = mock.Mock()
 
 
 @pytest.fixture
 def publisher(monkeypatch):
     """A local HTTP server in the publisher's place."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Publisher)
-    server.files, server.mishaps, server.requests, server.ranges = {}, {}, [], True
-    server.url = f"http://127.0.0.1:{server.server_port}/"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(prepare, "RETRY_SECONDS", 0.001)
-    yield server
-    server.shutdown()
-    server.server_close()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Publisher) as server:
+        server.files, server.mishaps, server.requests, server.ranges = {}, iter(()), [], True
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        monkeypatch.setattr(prepare, "RETRY_AFTER", [0.001] * 6)
+        yield server
+        server.shutdown()
 
 
 BODY = bytes(range(256)) * 8000
 
 
-@pytest.mark.parametrize(
-    ("mishaps", "ranges"),
-    [([], True), (["cut"] * 3, True), (["cut"] * 3, False), ([503, 503], True), ([503, "cut", 429, "cut"], True)],
-    ids=["whole", "cut three times", "cut, no range support", "503 twice", "mixed"],
-)
-def test_download_survives(publisher, workdir, mishaps, ranges):
-    """The right bytes in the end, under their name only when whole; what had arrived is not fetched again."""
-    publisher.files["f"], publisher.mishaps["f"], publisher.ranges = BODY, list(mishaps), ranges
-    path = workdir / "raw" / "f"
-    prepare.download(publisher.url + "f", path, len(BODY), hashlib.sha256(BODY).hexdigest())
-    assert path.read_bytes() == BODY and [p.name for p in path.parent.iterdir()] == ["f"]
-    assert len(publisher.requests) == len(mishaps) + 1
-    if mishaps == ["cut"] * 3 and ranges:
-        offsets = [int(r.removeprefix("bytes=").removesuffix("-")) for _, r in publisher.requests[1:]]
-        assert offsets == [len(BODY) // 2, len(BODY) * 3 // 4, len(BODY) * 7 // 8]
-    prepare.download(publisher.url + "f", path)
-    assert len(publisher.requests) == len(mishaps) + 1, "what is there is not fetched again"
+@pytest.mark.parametrize("mishaps", [[], ["cut"] * 3, [503, "cut", 429, "cut"]], ids=str)
+@pytest.mark.parametrize(("ranges", "left"), [(True, 0), (True, 1000), (True, len(BODY)), (False, 0), (False, 1000)])
+def test_download_survives(publisher, workdir, mishaps, ranges, left):
+    """The right bytes in the end, under their name only when whole; what had come, in earlier runs too, is kept."""
+    publisher.files["f"], publisher.mishaps, publisher.ranges = BODY, iter(mishaps), ranges
+    Path("f.tmp").write_bytes(BODY[:left])
+    for _ in range(2):  # what is there is not fetched again
+        prepare.download(f"{publisher.url}/f", Path("f"), hashlib.sha256(BODY).hexdigest())
+        assert Path("f").read_bytes() == BODY and os.listdir() == ["f"] and len(publisher.requests) == len(mishaps) + 1
+    expected = len(BODY) - (len(BODY) - left) * 0.5 ** mishaps.count("cut") if ranges else 0
+    assert publisher.requests[-1] == pytest.approx(expected, abs=3)
 
 
-def test_download_goes_on_in_the_next_run(publisher, workdir):
-    """A .part that an earlier run left is completed; one that is complete already, or too long, is dealt with."""
-    publisher.files["f"] = BODY
-    for left in (BODY[:1000], BODY, BODY + b"more"):
-        path = workdir / f"f{len(left)}"
-        path.with_name(path.name + ".part").write_bytes(left)
-        prepare.download(publisher.url + "f", path, len(BODY), hashlib.sha256(BODY).hexdigest())
-        assert path.read_bytes() == BODY
+def test_download_that_can_not_succeed(publisher, workdir):
+    """A clear error that says how to do it by hand, at once where trying again can't help."""
+    for body, mishaps, message, requests in (
+        (None, [], "HTTP Error 404: ", 1),
+        (BODY, [503] * 20, "HTTP Error 503: ", 7),
+        (BODY, ["cut"] * 20, " bytes came; ", 7),
+        (BODY[:-1] + b"!", [], "f has a wrong checksum: delete it", 1),
+    ):
+        publisher.files, publisher.mishaps, publisher.requests = {"f": body}, iter(mishaps), []
+        with pytest.raises(ValueError, match=f"{message}.*start again, or fetch it by hand and save it as f"):
+            prepare.download(f"{publisher.url}/f", Path("f"), hashlib.sha256(BODY).hexdigest())
+        assert len(publisher.requests) == requests
 
 
-@pytest.mark.parametrize(
-    ("body", "mishaps", "message"),
-    [
-        (BODY[:-1], [], "has 2,047,999 bytes instead of the published 2,048,000"),
-        (BODY[:-1] + b"!", [], "has another checksum than the published one"),
-        (None, [], "can't be downloaded (HTTP status 404)"),
-        (BODY, [503] * 20, "can't be downloaded (HTTP status 503)"),
-        (BODY, [401], "can't be downloaded (HTTP status 401)"),
-    ],
-    ids=["wrong length", "wrong checksum", "404", "503 for ever", "401"],
-)
-def test_download_that_can_not_succeed(publisher, workdir, body, mishaps, message):
-    """A clear error that says how to do it by hand, and no file that looks whole."""
-    publisher.files["f"], publisher.mishaps["f"] = body, mishaps
-    path = workdir / "raw" / "f"
-    with pytest.raises(prepare.UserError) as error:
-        prepare.download(publisher.url + "f", path, len(BODY), hashlib.sha256(BODY).hexdigest())
-    assert message in str(error.value) and f"by hand and save it as {path}" in str(error.value)
-    assert not path.exists()
-
-
-STORIES = {
-    "train": "\nOnce upon a time.\n\nThe end.\n<|endoftext|>\n\n  Tom ran.\n<|endoftext|>\n<|endoftext|>\nA cut st",
-    "val": "Lily <|endoftext|> smiled.\n<|endoftext|>\nBen ran.\n<|endoftext|>",
-}
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_tinystories(publisher, refused, call, monkeypatch, version):
+def test_tinystories(publisher, refused, call, monkeypatch):
     """Stories are split at separator lines, stripped, and stay in their published split; no second download."""
-    name = "tinystories" + "-v1" * (version == 1)
-    files = []
-    for split, file, _, _ in prepare.TINYSTORIES_FILES[version]:
-        body = STORIES[split].encode()
-        publisher.files[file] = body
-        files.append((split, file, len(body), hashlib.sha256(body).hexdigest()))
-    monkeypatch.setattr(prepare, "TINYSTORIES_FILES", {version: files})
-    arguments = ("tinystories", "--encoding=bytes", f"--base-url={publisher.url[:-1]}", *["--v1"] * (version == 1))
-    status, out, error = call(prepare, *arguments)
-    assert status == 0 and "2 empty documents left out" in out, error
-    documents = read_documents(name)
-    assert documents["train"] == [b"Once upon a time.\n\nThe end.", b"Tom ran.", b"A cut st"]
-    assert documents["val"] == [b"Lily <|endoftext|> smiled.", b"Ben ran."]
-    publisher.files.clear()
-    assert call(prepare, *arguments)[0] == 0
-    (prepare.DATA / name / "raw" / files[0][1]).unlink()
-    refused(f"save it as data/{name}/raw/{files[0][1]}", prepare, *arguments)
-
-
-def test_without_network_one_line_says_what_to_do(refused):
-    """No server: at once, and how to do it by hand."""
-    arguments = ("tinystories", "--encoding=bytes", "--base-url=http://127.0.0.1:9")
-    refused("no network: http://127.0.0.1:9/TinyStoriesV2-GPT4-train.txt can't be reached", prepare, *arguments)
-    refused("save it as data/tinystories/raw/TinyStoriesV2-GPT4-train.txt", prepare, *arguments)
+    train = b"\nOnce upon a time.\n\nThe end.\n<|endoftext|>\n\n  Tom ran.\n<|endoftext|>\n<|endoftext|>\nA cut st"
+    val = b"Lily <|endoftext|> smiled.\n<|endoftext|>\nBen ran.\n<|endoftext|>"
+    publisher.files = {"t.txt": train, "v.txt": val}
+    files = {"train": ("t.txt", hashlib.sha256(train).hexdigest()), "val": ("v.txt", hashlib.sha256(val).hexdigest())}
+    monkeypatch.setattr(prepare, "TINYSTORIES", files)
+    arguments = ("tinystories", "--encoding=bytes", f"--base-url={publisher.url}")
+    for block in (1 << 16, 20, 1):
+        monkeypatch.setattr(prepare, "BLOCK", block)
+        assert call(prepare, *arguments)[0] == 0
+        assert read("tinystories") == {
+            "train": [b"Once upon a time.\n\nThe end.", b"Tom ran.", b"A cut st"],
+            "val": [b"Lily <|endoftext|> smiled.", b"Ben ran."],
+        }
+        publisher.files.clear()
+    Path("data/tinystories/raw/v.txt").unlink()
+    message = "Connection refused>; start again, or fetch it by hand and save it as data/tinystories/raw/v.txt"
+    refused(message, prepare, "tinystories", "--encoding=bytes", "--base-url=http://127.0.0.1:9")
+    assert len(read("tinystories")["val"]) == 2, "the old dataset stays"
 
 
 def tar(files: dict[str, bytes], mode: str) -> bytes:
-    """A tar archive in memory, of files and of one folder."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode=mode) as archive:
-        folder = tarfile.TarInfo("folder")
-        folder.type = tarfile.DIRTYPE
-        archive.addfile(folder)
+        archive.add(".", recursive=False)  # a folder
         for name, body in files.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(body)
@@ -460,214 +254,177 @@ def tar(files: dict[str, bytes], mode: str) -> bytes:
 
 def test_openwebtext(publisher, refused, call, monkeypatch, workdir):
     """The nested archives come back whole and in order, with nanoGPT's split; no path in them is ever written to."""
-    monkeypatch.setattr(prepare, "OPENWEBTEXT_ARCHIVES", 2)
-    monkeypatch.setattr(prepare, "OPENWEBTEXT_DOCUMENTS", 8)
-    monkeypatch.setattr(prepare, "OPENWEBTEXT_VAL_DOCUMENTS", 2)
-    texts = [f"\n\nPage {i}\n\n\n\n日本 {'text ' * 50}\n" for i in range(8)]
-    for a in range(2):
-        subsets = {}
-        for b in range(2):
-            pages = {f"../../escape-{a}{b}{c}.txt": texts[4 * a + 2 * b + c].encode() for c in range(2)}
-            subsets[f"openwebtext/subset-{b}_data.xz"] = tar(pages | {"README": b"not a document"}, "w:xz")
-        publisher.files[f"urlsf_subset{a:02}.tar"] = tar(subsets | {"notes.md": b"not an archive"}, "w")
+    for name, value in (("", ["0.tar", "1.tar"]), ("_DOCUMENTS", 8), ("_VAL", 2)):
+        monkeypatch.setattr(prepare, f"OPENWEBTEXT{name}", value)
+    pages = [{f"../../escape-{i}.txt": f"\n\nPage {i}\n\n\n\n日本 \n".encode()} for i in range(8)]
+    subsets = [tar(pages[i] | pages[i + 1], "w:xz") for i in range(0, 8, 2)]
+    publisher.files = {f"{i}.tar": tar({"a.xz": subsets[2 * i], "b.xz": subsets[2 * i + 1]}, "w") for i in range(2)}
     arguments = ("openwebtext", "--encoding=bytes", f"--base-url={publisher.url}")
-    monkeypatch.setattr(prepare, "OPENWEBTEXT_BYTES", (10**15, 10**15))
-    refused("GB free, OpenWebText needs", prepare, *arguments)
-    monkeypatch.setattr(prepare, "OPENWEBTEXT_BYTES", (10**6, 10**6))
+    with mock.patch.object(prepare.shutil, "disk_usage", return_value=mock.Mock(free=10**9)):
+        refused("too little disk space for OpenWebText in data/", prepare, *arguments)
     status, out, error = call(prepare, *arguments)
-    assert status == 0 and "hours with" in out and "GB for the tokens" in out, error
-    cleaned = [f"Page {i}\n\n日本 {'text ' * 50}".strip().encode() for i in range(8)]
-    val = set(np.random.default_rng(2357).permutation(8)[:2].tolist())
-    assert read_documents("openwebtext") == {
-        "train": [text for i, text in enumerate(cleaned) if i not in val],
-        "val": [text for i, text in enumerate(cleaned) if i in val],
-    }
+    assert status == 0 and "OpenWebText needs 31.5 GB more" in out, error
+    val = np.random.default_rng(2357).permutation(8)[:2]
+    for split, numbers in (("train", [i for i in range(8) if i not in val]), ("val", sorted(val))):
+        assert read("openwebtext")[split] == [f"Page {i}\n\n日本".encode() for i in numbers]
     assert not list(workdir.rglob("*escape*")) and not list(workdir.parent.glob("*escape*"))
-    path = prepare.DATA / "openwebtext/raw/urlsf_subset01.tar"
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 3])
-    refused("urlsf_subset01.tar is damaged", prepare, *arguments)
-    path.write_bytes(tar({}, "w"))
-    refused("hold 4 documents instead of the published 8", prepare, *arguments)
+    for contents, message in ((publisher.files["1.tar"][:1100], "is damaged"), (tar({}, "w"), "4 documents, not 8")):
+        Path("data/openwebtext/raw/1.tar").write_bytes(contents)
+        refused(message, prepare, *arguments)
 
 
-# Bad input
-
-
-def test_bad_input_is_refused_and_overwrites_nothing(corpus, refused, workdir):
+def test_bad_input_is_refused_and_overwrites_nothing(corpus, refused, workdir, monkeypatch):
     """One line, status 2, and the dataset of that name that was there before stays as it was."""
-    (workdir / "empty.txt").write_text("")
-    (workdir / "latin.txt").write_bytes(b"caf\xe9\n")
-    (workdir / "folder").mkdir()
-    before = snapshot(prepare.DATA / "tiny")
-    again = ("--name=tiny", "--encoding=bytes")
-    refused("empty.txt contains no text", prepare, "empty.txt", *again)
-    refused("latin.txt is not UTF-8 text: byte 0xe9 at offset 3", prepare, "text", "latin.txt", *again)
-    refused("nowhere.txt does not exist", prepare, "nowhere.txt", *again)
-    refused("no file in folder matches '*.txt'", prepare, "folder", *again)
-    refused("--val-fraction must lie between 0 and 1, got 1.0", prepare, "text", *again, "--val-fraction=1")
-    refused("invalid float value: 'x'", prepare, "text", *again, "--val-fraction=x")
-    refused("unknown encoding 'byte'", prepare, "text", "--name=tiny", "--encoding=byte")
-    refused("--seed must be at least 0", prepare, "text", *again, "--seed=" + "9" * 100)
-    refused("--pattern '/abs*' can't be searched for", prepare, "text", *again, "--pattern=/abs*")
-    refused("standard input (-) can be read only once", prepare, "-", "-", *again)
-    refused("--v1 is for tinystories only", prepare, "stdlib", "--v1")
-    refused("--base-url is for tinystories and openwebtext only", prepare, "text", *again, "--base-url=http://x")
-    refused("--field is for .jsonl files", prepare, "stdlib", "--field=x")
-    refused("is no address to download from", prepare, "tinystories", "--encoding=bytes", "--base-url=foo")
-    (workdir / "stdlib").mkdir()
-    (workdir / "stdlib" / "a.txt").write_text("not the standard library")
-    refused("under the name of a known dataset", prepare, "./stdlib", "--encoding=bytes")
-    refused("'../up' can't be the name of a dataset", prepare, "text", "--encoding=bytes", "--name=../up")
-    refused("stdlib is prepared alone", prepare, "text", "stdlib", *again)
-    refused("unrecognized arguments: --nmae", prepare, "text", "--nmae=x")
-    refused("give either what to prepare or --check NAME", prepare)
-    refused("give either what to prepare or --check NAME", prepare, "text", "--check=tiny")
-    refused("--workers must be at least 1, got 0", prepare, "text", *again, "--workers=0")
-    refused("invalid choice: 'ignore'", prepare, "text", *again, "--errors=ignore")
-    (workdir / "bad.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
-    refused("line 2 of bad.jsonl is not a JSON object with a text 'text'", prepare, "bad.jsonl", *again)
-    (workdir / "bad.jsonl").write_text('{"text": "fine"}\n{"text": "\\ud800"}\n')
-    refused("line 2 of bad.jsonl is not UTF-8 text", prepare, "bad.jsonl", *again)
-    (workdir / "bad.txt.gz").write_bytes(gzip.compress(b"text" * 1000)[:-20])
-    refused("bad.txt.gz is damaged", prepare, "bad.txt.gz", *again)
-    (workdir / "bad.txt.xz").write_bytes(b"not compressed")
-    refused("bad.txt.xz is damaged", prepare, "bad.txt.xz", *again)
-    assert snapshot(prepare.DATA / "tiny") == before
-
-
-def test_an_interrupted_run_goes_on(corpus, workdir, call, monkeypatch):
-    """Ctrl-C in the middle: the old dataset stays whole; started again, at most one shard is encoded again."""
-    before = snapshot(prepare.DATA / "tiny")
-    make_corpus(workdir / "more", 70)
-    prepare.prepare(["more"], name="undisturbed", encoding="bytes")
-    monkeypatch.setattr(prepare, "BATCH", 1)  # a batch per document
-    monkeypatch.setattr(prepare, "SHARD", 4)
-    chunks, encode, encoded = prepare.Reader.chunks, prepare.encode, []
-
-    def interrupted(self, path):
-        if path.name == "050.txt":
-            raise KeyboardInterrupt
-        return chunks(self, path)
-
-    def recorded(encoding, batch):
-        encoded.append(batch)
-        return encode(encoding, batch)
-
-    monkeypatch.setattr(prepare, "encode", recorded)
-    arguments = ("more", "--name=tiny", "--encoding=bytes", "--workers=2")
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare.Reader, "chunks", interrupted)
-        assert call(prepare, *arguments)[0] == 130
-    assert snapshot(prepare.DATA / "tiny") == before
-    assert 40 < len(encoded) <= 50
-    encoded.clear()
-    status, out, _ = call(prepare, *arguments)
-    assert status == 0 and "going on after 44 batches" in out
-    assert len(encoded) == 70 - 44
-    for split in prepare.SPLITS:
-        assert np.array_equal(prepare.load_tokens("tiny", split), prepare.load_tokens("undisturbed", split))
-    assert sorted(p.name for p in prepare.DATA.iterdir()) == ["tiny", "undisturbed"]
-
-
-def test_an_interrupted_run_with_other_settings_starts_anew(workdir, call, monkeypatch):
-    """What was written for another seed, or before a file changed, is not gone on with."""
-    make_corpus(workdir / "text", 30)
-    monkeypatch.setattr(prepare, "BATCH", 200)
-    monkeypatch.setattr(prepare, "SHARD", 4)
-    chunks = prepare.Reader.chunks
-
-    def interrupted(self, path):
-        if path.name == "020.txt":
-            raise KeyboardInterrupt
-        return chunks(self, path)
-
-    for seed, change in (("--seed=2", False), ("--seed=1337", True)):
-        with monkeypatch.context() as patch:
-            patch.setattr(prepare.Reader, "chunks", interrupted)
-            assert call(prepare, "text", "--encoding=bytes")[0] == 130
-        if change:
-            (workdir / "text" / "000.txt").write_text("changed")
-        status, out, _ = call(prepare, "text", "--encoding=bytes", seed)
-        assert status == 0 and "going on" not in out
-        texts = sorted(path.read_bytes() for path in (workdir / "text").iterdir())
-        assert sorted(all_documents("text")) == texts
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment(workdir):
-    """kill -9 a few times, then once in peace: the bins of an undisturbed run."""
-    kill_prepare(rounds=4, folder=workdir, seed=int(time.time()))
-
-
-def test_a_full_disk(workdir, call, refused, monkeypatch):
-    """An error in one line, nothing that looks finished; with room again the run goes on."""
-    make_corpus(workdir / "text", 30)
-    monkeypatch.setattr(prepare, "BATCH", 200)
-    monkeypatch.setattr(prepare, "SHARD", 4)
-    sync, calls = prepare.sync, []
-
-    def full(file):
-        calls.append(file)
-        if len(calls) > 10:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        sync(file)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare, "sync", full)
-        refused("no space left in data/: make room and start again, it will go on", prepare, "text", "--encoding=bytes")
-    assert not (prepare.DATA / "text").exists()
-    status, out, _ = call(prepare, "text", "--encoding=bytes")
-    assert status == 0 and "going on after" in out
-    assert len(all_documents("text")) == 30
-
-
-def test_a_reader_that_has_seen_enough(corpus, workdir):
-    """`python prepare.py --check tiny | head` ends without a word on stderr when head closes the pipe."""
-    read_end, write_end = os.pipe()
-    os.close(read_end)
-    command = [sys.executable, prepare.__file__, "--check=tiny"]
-    result = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, cwd=workdir)
-    os.close(write_end)
-    assert result.returncode == 1 and result.stderr == b""
-
-
-def test_check(corpus, call, refused):
-    """--check confirms the checksums and shows a document; a changed byte is noticed."""
-    status, out, _ = call(prepare, "--check=tiny")
-    assert status == 0 and "checksums agree" in out and "naïve café" in out and "sha256" not in out
-    path = prepare.DATA / "tiny/val.bin"
-    whole = path.read_bytes()
-    path.write_bytes(b"x" + whole[1:])
-    refused("val.bin is not what was written (checksum)", prepare, "--check=tiny")
-    refused("not prepared", prepare, "--check=nothing")
+    monkeypatch.setattr(prepare.tiktoken, "get_encoding", mock.Mock(side_effect=ConnectionError))  # no network
+    Path("latin.txt").write_bytes(b"caf\xe9\n")
+    Path("folder").mkdir()
+    make_corpus(workdir / "stdlib", 1)
+    before = snapshot(prepare.DATA)
+    for message, *arguments in (
+        ("there is no text for train", "/dev/null"),
+        ("there is no text for val", "text", "--val-fraction=1e-9"),
+        ("latin.txt is not UTF-8 at offset 3", "text", "latin.txt"),
+        ("nowhere.txt does not exist", "nowhere.txt"),
+        ("no file in folder matches '*.txt'", "folder"),
+        ("no file in text matches '/abs*'", "text", "--pattern=/abs*"),
+        ("--val-fraction must lie between 0 and 1, got nan", "text", "--val-fraction=nan"),
+        ("invalid float value: 'x' (see python prepare.py --help)", "text", "--val-fraction=x"),
+        ("unknown encoding 'byte'; choose bytes, gpt2", "text", "--encoding=byte"),
+        ("(ConnectionError): use --encoding bytes, or set TIKTOKEN_CACHE_DIR", "text", "--encoding=cl100k_base"),
+        ("invalid int value: '10**30'", "text", "--seed=10**30"),
+        ("--workers must be at least 1, got 0", "text", "--workers=0"),
+        ("--base-url is for tinystories and openwebtext", "text", "--base-url=http://x"),
+        ("stdlib is the name of a known dataset; choose another --name", "./stdlib", "--name="),
+        ("'../up' can't be a --name", "text", "--name=../up"),
+        ("arguments are required: NAME_OR_PATH",),
+    ):
+        refused(message, prepare, "--name=tiny", "--encoding=bytes", *arguments)
+        assert snapshot(prepare.DATA) == before
+    assert prepare.prepare(["text"], encoding="bytes", seed=10**300, workers=10**6)
 
 
 def test_a_damaged_dataset_is_noticed(corpus):
-    """Missing or truncated .bin, damaged meta.json: each named, with the command that mends it."""
-    folder = prepare.DATA / "tiny"
-    whole = snapshot(folder)
-    (folder / "train.bin").write_bytes(whole["train.bin"][:-1])
-    with pytest.raises(prepare.UserError, match=r"train.bin is [\d,]+ bytes, meta.json promises"):
-        prepare.load_tokens("tiny", "train")
-    (folder / "train.bin").unlink()
-    with pytest.raises(prepare.UserError, match=r"train.bin is missing, meta.json promises"):
-        prepare.load_tokens("tiny", "train")
-    for damaged in (b"", b"[]", b"{}", whole["meta.json"][:-40], whole["meta.json"].replace(b"uint16", b"uint32")):
-        (folder / "meta.json").write_bytes(damaged)
-        with pytest.raises(prepare.UserError, match=r"meta.json is damaged; run again: python prepare.py"):
-            prepare.load_meta("tiny")
-    with pytest.raises(prepare.UserError, match=r"not prepared .* run: python prepare.py stdlib"):
-        prepare.load_meta("stdlib")
+    """Missing or truncated .bin, damaged or contradictory meta.json: each named, with the command that mends it."""
+    path, bin = Path("data/tiny/meta.json"), Path("data/tiny/train.bin")
+    meta, tokens = path.read_bytes(), bin.read_bytes()
+
+    def noticed(message, name="tiny", mend="FILE_OR_FOLDER --name tiny"):
+        with pytest.raises(ValueError, match=rf"'{name}' is not ready \(.*{message}.*\): run python prepare.py {mend}"):
+            prepare.open_dataset(name)
+
+    for contents in (b"", b"[]", b"{}", b"\xff", b"[" * 10**5, meta[:-40]):
+        path.write_bytes(contents)
+        noticed("")
+    for old, new, message in (
+        (b'"vocab_size": 257', b'"vocab_size": 300', "does not fit its encoding, bytes with .*257"),
+        (b'"dtype": "uint16"', b'"dtype": "uint32"', "does not fit its encoding, bytes"),
+        (b'"encoding": "bytes"', b'"encoding": "byte"', "unknown encoding 'byte'"),
+        (b'"encoding": "bytes"', b'"encoding": ["bytes"]', "unhashable"),
+        (b'"documents": ', b'"documents": -', "damaged"),
+        (b'"bytes": ', b'"bytes": 1e', "damaged"),
+        (b'"sha256": ', b'"sha256": 1, "x": ', "damaged"),
+        (b'"sha256": ', b'"x": ', "sha256"),
+    ):
+        path.write_bytes(meta.replace(old, new))
+        noticed(message)
+    path.write_bytes(meta)
+    bin.write_bytes(tokens[:-1])
+    noticed(r"train.bin does not have [\d,]+ bytes")
+    bin.unlink()
+    noticed("No such file or directory: 'data/tiny/train.bin'")
+    noticed("No such file or directory: 'data/stdlib/meta.json'", "stdlib", "stdlib$")
 
 
-def test_gpt2_without_network_names_the_files(monkeypatch, refused, corpus):
-    """No vocabulary, no network: which files, which variable, or another encoding."""
+def test_a_model_that_does_not_fit_is_refused(corpus):
+    """Other encoding, too small vocabulary, too few tokens."""
+    dataset = prepare.open_dataset("tiny")
+    size = len(dataset.val)
+    dataset.check_fits("bytes", 257, size - 1)
+    for message, *settings in (
+        ("is encoded as bytes, the model reads gpt2", "gpt2", 50257, 16),
+        ("has 257 token ids, vocab_size is 256", "bytes", 256, 16),
+        (f"'tiny' has {size} val tokens, block_size is {size}", "bytes", 257, size),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataset.check_fits(*settings)
 
-    def offline(name):
-        raise ConnectionError("no route to host")
 
-    prepare.get_encoding.cache_clear()
-    monkeypatch.setattr(prepare.tiktoken, "get_encoding", offline)
-    refused("6d1cbeee0f20b3d9449abfede4726ed8212e3aee and 6c7ea1a7", prepare, "text")
-    refused("TIKTOKEN_CACHE_DIR", prepare, "text")
+@pytest.mark.parametrize(("function", "moment"), [("fsync", 0), ("fsync", 1), ("fsync", 2), ("replace", 0)])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr)
+def test_a_full_disk_or_an_interruption(corpus, call, monkeypatch, function, moment, error):
+    """One line that says what to do; the old dataset stays, nothing half-written is left."""
+    before = snapshot(prepare.DATA)
+    monkeypatch.setattr(prepare.os, function, mock.Mock(side_effect=[None] * moment + [error]))
+    status, _, message = call(prepare, "text", "--name=tiny", "--encoding=bytes", "--seed=2")
+    assert status == (2 if isinstance(error, OSError) else 130)
+    assert re.search(r"\n(interrupted|error: no space left for .*data/tiny/.*: make room and start again)\n$", message)
+    assert snapshot(prepare.DATA) == before and len(os.listdir("data/tiny")) == 3
+
+
+def test_replacing(workdir):
+    """A file is replaced when all is written; links stay links; what is no regular file is written to, not replaced."""
+    path = Path("file").resolve()
+    for contents in ("first", "zweite ✓"):
+        with prepare.replacing(path, "w") as file:
+            file.write(contents)
+            assert not path.exists() or path.read_text() == "first"
+    for error in (OSError(errno.ENOSPC, "full"), RuntimeError("torch.save's")):
+        error.__context__ = OSError(errno.ENOSPC, "full")
+        with pytest.raises(OSError, match=f"^no space left for {path}: make room"), prepare.replacing(path):
+            raise error
+    assert path.read_bytes() == "zweite ✓".encode() and os.listdir() == ["file"]
+    os.symlink("file", "link")
+    os.symlink("new", "dangling")
+    os.mkfifo("fifo")
+    with subprocess.Popen("cat fifo >received", shell=True):
+        for name in ("link", "dangling", "fifo"):
+            with prepare.replacing(Path(name)) as file:
+                file.write(b"here")
+    assert all(Path(name).read_bytes() == b"here" for name in ("file", "new", "received"))
+    assert Path("link").is_symlink() and Path("dangling").is_symlink() and Path("fifo").is_fifo()
+    assert sorted(os.listdir()) == ["dangling", "fifo", "file", "link", "new", "received"]
+
+
+KILLED = """
+import itertools, os, prepare
+prepare.GROUP, moments = 1, itertools.count(1)
+def before(function):
+    def call(*arguments, **options):
+        return os.kill(os.getpid(), 9) if next(moments) == {moment} else function(*arguments, **options)
+    return call
+prepare.hashlib.blake2b, os.replace = before(prepare.hashlib.blake2b), before(os.replace)
+prepare.prepare(["text"], name="killed", encoding="bytes", seed=2)
+"""
+
+
+def test_killed_at_any_moment(workdir):
+    """kill -9 between any two steps leaves the old dataset or none, and the next run finishes; leftovers are named."""
+    make_corpus(workdir / "text")
+    new, old = (prepare.prepare(["text"], name="killed", encoding="bytes", seed=seed) for seed in (2, 1))
+    for moment in (os.urandom(1)[0] % 120 + 1, *range(121, 127)):  # 120 hashes, then six files are renamed
+        code = KILLED.format(moment=moment)
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, env=ENVIRONMENT)
+        assert result.returncode == -9
+        if moment < 124:  # the last three are moved to where the old ones were
+            assert prepare.open_dataset("killed").meta == old
+    with pytest.raises(ValueError, match="is not ready"):
+        prepare.open_dataset("killed")
+    assert b"was left by a run that was killed" in result.stdout
+    assert prepare.prepare(["text"], name="killed", encoding="bytes", seed=2) == new
+
+
+def test_printable():
+    """Control characters are shown, not sent; everything else, newline and tab stay."""
+    assert prepare.printable("a\x1b[1m\x07\r\x7f\x9b\x00\x0b") == r"a\x1b[1m\x07\x0d\x7f\x9b\x00\x0b"
+    assert prepare.printable("tab\tnewline\n é 日 😀 \xa0") == "tab\tnewline\n é 日 😀 \xa0"
+
+
+@pytest.mark.parametrize(("redirection", "status"), [("| false", 1), (">&-", 0), (">&- 2>&-", 0), ("2>&-", 0)])
+def test_output_that_nobody_reads(workdir, redirection, status):
+    """A closed stdout or stderr, a pipe without a reader, a terminal of ASCII only: no traceback, all is made."""
+    make_corpus(workdir / "日本")
+    command = f"PYTHONUNBUFFERED= {sys.executable} {prepare.__file__} 日本 --encoding=bytes --name=x {redirection}"
+    command = ["bash", "-c", command + "; exit ${PIPESTATUS[0]}"]
+    result = subprocess.run(command, capture_output=True, env=ENVIRONMENT)
+    assert result.returncode == status and b"Error" not in result.stderr, result.stderr
+    assert prepare.open_dataset("x").meta["source"] == "日本"

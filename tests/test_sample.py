@@ -1,192 +1,300 @@
-"""sample.py: what a checkpoint gives, streaming, and bad input."""
+"""sample.py and lab/graph.py: the text, the page of the learned graph in a real browser, the statistics, bad input."""
 
 import io
-import pickle
+import json
 import re
-import shlex
+import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import prepare
 import sample
-from model import GPT, ModelConfig
+from lab import graph
+from model import GATES, GPT, ModelConfig, rope_table
+from tests.reference import randomize
+from train import spaced_offsets
 
 
 @pytest.fixture
-def run_folder(trained):
-    """out/tiny/best.pt of a tiny trained run, and nothing else: no data, no config."""
-    folder = Path("out/tiny")
-    folder.mkdir(parents=True)
-    (folder / "best.pt").write_bytes(trained)
-    return folder
-
-
-def test_sampling_needs_only_the_checkpoint(run_folder, call):
-    """Text after the prompt; one seed one text; greedy at temperature 0; several samples differ."""
-    arguments = (run_folder, "--prompt=Line 7", "--max-new-tokens=40")
-    status, first, error = call(sample, *arguments)
-    assert status == 0, error
-    assert first.startswith("Line 7") and len(first) > 20
-    assert call(sample, *arguments)[1] == first == call(sample, run_folder / "best.pt", *arguments[1:])[1]
-    assert call(sample, *arguments, "--seed=2")[1] != first
-    greedy = call(sample, *arguments, "--temperature=0")[1]
-    assert (
-        greedy == call(sample, *arguments, "--temperature=0", "--seed=2")[1] == call(sample, *arguments, "--top-k=1")[1]
-    )
-    assert call(sample, *arguments, "--temperature=1e-45")[1] == greedy == call(sample, *arguments, "--top-p=1e-50")[1]
-    Path("prompt.txt").write_text("Line 7")
-    assert call(sample, run_folder, "--prompt-file=prompt.txt", "--max-new-tokens=40")[1] == first
-    texts = call(sample, *arguments, "--num-samples=2")[1].split("--- sample")
-    assert len(texts) == 3 and texts[1][10:] != texts[2][10:]
-
-
-class Fixed:
-    """A model that generates given tokens, one row per text."""
-
-    embed = torch.nn.Embedding(1, 1)
-
-    def __init__(self, *rows):
-        self.rows = rows
-
-    def generate(self, tokens, max_new_tokens, n_token, pad):
-        self.tokens, self.pad = tokens.tolist(), pad
-        assert n_token == 257
-        yield from (torch.tensor(ids) for ids in zip(*self.rows, strict=True))
-
-
-def pieces_of(tokens, stop=None) -> list[str]:
-    text = sample.Text(prepare.get_encoding("bytes"), "hi", stop)
-    model = Fixed(tokens)
-    pieces = [piece for (piece,) in sample.continue_texts(model, [text], 9)]
-    assert model.tokens == [[104, 105]] and model.pad == [0]
-    return pieces
-
-
-def test_text_streams_as_it_is_generated_in_whole_characters():
-    """A character that spans tokens comes out whole; a cut one at the end is replaced; <|endoftext|> ends the text."""
-    assert pieces_of([*"é😀x".encode(), 256, 65]) == ["", "é", "", "", "", "😀", "x", ""]
-    assert "".join(pieces_of("日".encode()[:2])) == "\ufffd"
-
-
-def test_a_stop_string_ends_the_text_and_is_never_shown():
-    """Not even its beginning; what looks like it and is something else appears; it may span characters and tokens."""
-    assert pieces_of(b"ab\nclass x", stop="\nclass") == ["a", "b", "", "", "", "", "", ""]
-    assert pieces_of(b"ab\nclaim", stop="\nclass") == ["a", "b", "", "", "", "", "\nclai", "m", ""]
-    assert "".join(pieces_of(b"aaab!", stop="aab")) == "a"
-    assert "".join(pieces_of("1é2".encode(), stop="é")) == "1"
-    assert "".join(pieces_of(b"ab\ncla", stop="\nclass")) == "ab\ncla", "the end releases what was held"
-    assert "".join(pieces_of([*b"ab\ncla", 256, 65], stop="\nclass")) == "ab\ncla"
-
-
-def test_texts_of_a_batch_end_on_their_own():
-    """Rows are padded at the left; a text that has ended gets nothing more, and the last one ends it all."""
-    encoding = prepare.get_encoding("bytes")
-    texts = [sample.Text(encoding, prompt, "!") for prompt in ("abc", "", "x")]
-    model = Fixed([*b"12!4567"], [*b"abcdef", 256], [256, *b"abcdef"])
-    pieces = list(sample.continue_texts(model, texts, 50))
-    assert ["".join(part) for part in zip(*pieces, strict=True)] == ["12", "abcdef", ""]
-    assert model.tokens == [[97, 98, 99], [256, 256, 256], [256, 256, 120]] and model.pad == [0, 2, 2]
-    assert [len(text.tokens) - text.n_prompt for text in texts] == [3, 6, 0]
-
-
-def test_prompts_of_one_batch_give_what_each_gives_alone(run_folder, call):
-    """Several prompts of different lengths, greedily, and beyond the window; the speed is reported."""
-    prompts = ["Line 7", "Document 12: naïve", "é"]
-    fixed = ("--temperature=0", "--max-new-tokens=40")
-    alone = [call(sample, run_folder, "--prompt", prompt, *fixed)[1] for prompt in prompts]
-    together = [argument for prompt in prompts for argument in ("--prompt", prompt)]
-    status, out, error = call(sample, run_folder, *together, *fixed)
-    assert status == 0 and error.endswith(" tokens/s, from out/tiny/best.pt (step 6)\n"), error
-    assert re.fullmatch(r"[\d,]+ tokens in [\d.]+ s, [\d,]+ tokens/s", error.split(", from")[0])
-    assert out == "".join(f"--- sample {i + 1} of 3 ---\n{text}" for i, text in enumerate(alone))
-
-
-def test_standard_input_and_closed_pipes(run_folder):
-    """--prompt - reads standard input; text that is not UTF-8 is refused; | head ends without a traceback."""
-    script = [sys.executable, str(Path(sample.__file__)), str(run_folder), "--prompt", "-", "--max-new-tokens=30"]
-    result = subprocess.run(script, input="Line 8é".encode(), capture_output=True)
-    assert result.returncode == 0 and result.stdout.decode().startswith("Line 8é"), result.stderr
-    result = subprocess.run(script, input=b"\xff", capture_output=True)
-    assert result.returncode == 2 and result.stderr.startswith(b"error: standard input is not UTF-8")
-    many = shlex.join([*script[:3], "--num-samples=40", "--max-new-tokens=60"])
-    result = subprocess.run(f"{many} | head -n 1", shell=True, capture_output=True, text=True)
-    assert result.stdout == "--- sample 1 of 40 ---\n" and "Traceback" not in result.stderr
-
-
-def test_padded_vocabulary_never_crashes_the_decoder(workdir, call, trained):
-    """A model may have more ids than its encoding; those are never chosen."""
-    torch.manual_seed(0)
-    model = GPT(ModelConfig(vocab_size=4096, block_size=16, n_layer=1))
+def save(trained):
+    """save() writes the checkpoint of a tiny trained run to model.pt, with another model or other contents."""
     checkpoint = torch.load(io.BytesIO(trained), weights_only=True)
-    checkpoint |= {"model": model.state_dict(), "model_config": vars(model.config), "encoding": "bytes"}
-    torch.save(checkpoint, "padded.pt")
-    status, out, error = call(sample, "padded.pt", "--prompt=x", "--max-new-tokens=60", "--temperature=5")
-    assert status == 0 and len(out) > 20, error
+
+    def save(other: GPT | None = None, **changes) -> Path:
+        of_model = {"model": other.state_dict(), "model_config": vars(other.config)} if other else {}
+        torch.save(checkpoint | of_model | changes, "model.pt")
+        return Path("model.pt")
+
+    return save
 
 
-def test_bad_input_is_refused(run_folder, refused, call):
-    """One line, status 2."""
-    refused("nowhere does not exist", sample, "nowhere")
-    refused("--temperature must be at least 0, got -1.0", sample, run_folder, "--temperature=-1")
-    refused("--temperature must be at least 0, got nan", sample, run_folder, "--temperature=nan")
-    refused("--top-k must be at least 1, got 0", sample, run_folder, "--top-k=0")
-    refused("--top-p must lie above 0", sample, run_folder, "--top-p=0")
-    refused("--max-new-tokens must be at least 1, got 0", sample, run_folder, "--max-new-tokens=0")
-    refused("invalid int value: 'x'", sample, run_folder, "--seed=x")
-    refused("not allowed with argument", sample, run_folder, "--prompt=a", "--prompt-file=b")
-    refused("--stop must not be empty", sample, run_folder, "--stop=")
-    refused("--prompt - can be given once only", sample, run_folder, "--prompt=-", "--prompt=-")
-    refused("none.txt", sample, run_folder, "--prompt-file=none.txt")
-    refused("device 'gpu' can't be used here", sample, run_folder, "--device=gpu")
-    refused("device 'meta' can't be used here", sample, run_folder, "--device=meta")
-    refused("--seed must be below 2**63", sample, run_folder, "--seed=99999999999999999999")
-    Path("latin.txt").write_bytes(b"\xe9")
-    refused("latin.txt is not UTF-8 text", sample, run_folder, "--prompt-file=latin.txt")
+def make_model(**changes) -> GPT:
+    """A small byte model whose weights are large enough for every term to matter."""
+    tiny = {"block_size": 32, "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 16, "n_expert": 6, "top_k": 3}
+    return randomize(GPT(ModelConfig(**tiny | {"expert_dim": 8, "dag_dim": 4} | changes)))
 
 
-def test_bad_checkpoints_are_refused(run_folder, refused, trained):
-    """Truncated, empty, foreign, or holding code: named, and never executed."""
-    path = run_folder / "best.pt"
-    for damaged in (b"", b"not a checkpoint", trained[:-100], trained[: len(trained) // 2], bytes(len(trained))):
-        path.write_bytes(damaged)
-        refused("best.pt is damaged or not a checkpoint", sample, run_folder)
-    torch.save({"model": {}}, path)
-    refused("is not a checkpoint of train.py: 'optimizer' is missing or of another type", sample, run_folder)
-    torch.save([1, 2], path)
-    refused("is not a checkpoint of train.py", sample, run_folder)
-    Path("text.csv").write_text("a,b\n1,2\n")
-    refused("text.csv is damaged or not a checkpoint", sample, "text.csv")
+@torch.no_grad()
+def plain_graphs(model: GPT, ids: list[int]) -> list[tuple]:
+    """What each layer does with a text, without hooks: expert, weight, beyond, and (e, m, before, after) per depth."""
+    layers, c = [], model.config
+    rope = rope_table(torch.arange(len(ids)), c.n_embd // c.n_head, c.rope_theta)
+    h = model.embed(torch.tensor([ids]))
+    for block in model.blocks:
+        h = h + block.attention(block.norm(h), rope)
+        x, depths = block.moe.norm(h)[0], []
+        weight, expert, _ = block.moe.router(x)
+        terms = weight[..., None] * block.moe.experts(x, expert)
+        nodes = terms + h[0, :, None] / c.top_k
+        for layer in block.moe.aggregate.layers:
+            depths.append((*layer.edges(nodes), nodes, nodes := layer(nodes)))
+        change = nodes.sum(dim=1) - h[0]
+        beyond = (change - terms.sum(dim=1)).norm(dim=-1) / change.norm(dim=-1)
+        layers.append((expert, weight, beyond, depths))
+        h = h + change
+    return layers
+
+
+def test_sampling_needs_only_the_checkpoint(save, call):
+    """Text after the prompt; one seed one text; greedy = top_k 1; prompts give what each gives alone; its speed."""
+    arguments = (sample, save().rename("best.pt"), "--max-new-tokens=40", "--prompt=Line 7")
+    _, first, error = call(*arguments)
+    assert first.startswith("Line 7") and len(first) > 20
+    assert re.fullmatch(r"40 tokens in [\d.]+ s, [\d,]+ tokens/s, from best.pt \(step \d\)\n", error), error
+    assert call(sample, ".", *arguments[2:])[1] == first == call(*arguments)[1] != call(*arguments, "--seed=2")[1]
+    greedy = call(*arguments, "--temperature=0", "--seed=2")[1]
+    choices = "--top-k=1", "--top-p=1e-9", "--temperature=1e-45"
+    assert {call(*arguments, choice)[1] for choice in choices} == {greedy} != {first}
+    assert make_page(call, arguments[1], "")["tokens"] == ["<|endoftext|>"], "a new document"
+    _, one, two = call(*arguments, "--num-samples=2")[1].split("--- sample ")
+    assert one.startswith("1 of 2 ---\nLine 7") and two.startswith("2 of 2 ---\nLine 7") and one[1:] != two[1:]
+    second = call(*arguments[:3], "--prompt=é")[1]
+    assert call(*arguments, "--prompt=é")[1] == f"--- prompt 1 of 2 ---\n{first}--- prompt 2 of 2 ---\n{second}"
+
+
+def test_text_streams_in_whole_characters_to_its_end(capsys):
+    """Characters come out whole, controls escaped; <|endoftext|> ends a text, each of several, and at last all."""
+    encoding, text, printed = prepare.get_encoding("bytes"), "é😀\x1b\t".encode(), []
+
+    def steps(*rows):
+        for ids in zip(*rows, strict=True):
+            yield torch.tensor(ids)
+            printed.append(Path("stdout").read_text().removeprefix("".join(printed)))  # what has been flushed
+
+    with Path("stdout").open("w") as file, redirect_stdout(file):
+        assert sample.print_samples(encoding, "\a", steps([*text, 256, 65]), 1, 9) == [list(text)]
+    assert printed == ["\\x07", "é", "", "", "", "😀", "\\x1b", "\t"]
+    assert sample.print_samples(encoding, "", steps("日".encode()[:2]), 1, 9) and capsys.readouterr().out == "\ufffd\n"
+    rows = [*b"1\x1b", 256, *b"456"], [*b"abcd", 256, 101], [256, *b"!!!!!"]
+    assert sample.print_samples(encoding, ">", steps(*rows), 3, 9) == [[*b"1\x1b"], [*b"abcd"], []]
+    texts = [f"--- sample {i + 1} of 3 ---\n>{text}\n" for i, text in enumerate(("1\\x1b", "abcd", ""))]
+    assert capsys.readouterr().out == "".join(texts) and len(printed) == 8 + 2 + 4
+
+
+def test_prompts_are_read_as_streams(save, call, refused, monkeypatch):
+    """Standard input and a file: the same text from the same bytes. What is empty or not UTF-8 is refused."""
+
+    def give(data: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        Path("file").write_bytes(data)
+
+    fixed = (sample, save(), "--max-new-tokens=9")
+    give("Line 8é\r\n".encode())
+    expected = call(*fixed, "--prompt=Line 8é\r\n")[1]
+    assert call(*fixed, "--prompt=-")[1] == call(*fixed, "--prompt-file=file")[1] == expected
+    refused("standard input is empty, or was read already", *fixed, "--prompt=-")
+    give(b"12345\xe9")
+    why = "is not UTF-8 text: convert it with iconv ('utf-8' codec can't decode byte 0xe9 in position 5"
+    refused(f"standard input {why}", *fixed, "--prompt=-")
+    refused(f"file {why}", *fixed, "--prompt-file=file")
+    monkeypatch.setattr(sys, "stdin", None)  # <&-
+    refused("standard input is empty", *fixed, "--prompt=-")
+
+
+def make_page(call, path: Path, prompt: str, new: int = 0) -> dict:
+    """Write page.html for a prompt and `new` more tokens; returns the numbers in it."""
+    status, _, error = call(sample, path, "--prompt", prompt, f"--max-new-tokens={new}", "--dag=page.html")
+    assert status == 0 and "wrote page.html" in error
+    return json.loads(re.search(r"^const data = (\{.*\});$", Path("page.html").read_text(), re.MULTILINE)[1])
+
+
+def test_readers_that_go_away(save):
+    """| head ends quietly, of a <(…) prompt; >&- ends nothing; no id beyond the encoding's, which can't be decoded."""
+    script = f"{sys.executable} {sample.__file__} {save(make_model(vocab_size=2048))} --temperature=9"
+    head = f"{script} --prompt-file <(printf 'Line 8é\n') --num-samples=99 --max-new-tokens=60 | head -n 2"
+    closed = f"{script} --prompt - --dag page.html <<< hello >&-; echo $?"
+    both = subprocess.run(["bash", "-c", f"{head}; {closed}"], capture_output=True, text=True)
+    assert both.stdout == "--- sample 1 of 99 ---\nLine 8é\n0\n" and "Traceback" not in both.stderr, both.stderr
+    assert both.stderr.splitlines()[-1].startswith("wrote page.html") and Path("page.html").exists()
+
+
+@pytest.mark.parametrize(("top_k", "depth", "gate"), [(k, d, g) for k in (1, 2, 3, 4) for d in (1, 3) for g in GATES])
+def test_page_numbers_are_the_models(save, call, top_k, depth, gate):
+    """Experts, weights, gates, shares and what the sum lacks, to three decimals, of the END of a long text."""
+    model = make_model(top_k=top_k, dag_depth=depth, dag_gate=gate)
+    text = "".join(chr(32 + 3 * i % 90) for i in range(40))
+    data = make_page(call, save(model), text)
+    assert data["tokens"] == list(text[-32:]) and data["prompt"] == 32 and data["gate"] == gate
+    for layer, (*expected, depths) in zip(data["layers"], plain_graphs(model, list(text[-32:].encode())), strict=True):
+        numbers = [layer["expert"], layer["weight"], layer["beyond"]]
+        for edges, (e, m, _, _) in zip(layer["depths"], depths, strict=True):
+            numbers += [edges["gate"], edges["share"]]
+            size = m.square().sum(dim=-1).sqrt()
+            expected += [e.mean(dim=-1), size / size.sum(dim=2, keepdim=True)]
+        for ours, theirs in zip(numbers, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=6e-4)
+
+
+def test_hooks_change_nothing_and_are_gone_afterwards():
+    """The same logits, bit for bit, before, during and after; no module keeps a hook, not even after an error."""
+    model, tokens, logits = make_model(), torch.arange(20)[None], []
+    model.register_forward_hook(lambda module, arguments, output: logits.append(output.logits))
+    model(tokens), sample.observe(model, tokens), model(tokens)
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+    with pytest.raises(ValueError, match="do not fit block_size"):
+        sample.observe(model, torch.zeros(1, 33, dtype=torch.long))
+    assert sum(len(module._forward_hooks) for module in model.modules()) == 1, "the one above"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium. browser.find(selector) lists the elements."""
+    if not shutil.which("chromium"):
+        pytest.skip("no Chromium here: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.add_argument("--headless=new")
+    options.add_argument("--no-sandbox")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    with webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver"))) as browser:
+        browser.find = lambda selector: browser.find_elements("css selector", selector)
+        yield browser
+
+
+@pytest.mark.parametrize("silu", [False, True])
+def test_page_in_a_browser(save, call, browser, silu):
+    """No errors, no requests; clicks and arrow keys choose what is shown; the text is right for the gate."""
+    data = make_page(call, save(make_model(dag_gate="silu" if silu else "sigmoid")), "ï </script><script>", 2)
+    browser.get(url := Path("page.html").absolute().as_uri())
+    assert len(browser.find("#strip button")) == 22 and len(browser.find("#strip button.prompt")) == 20
+    assert ("SiLU" in browser.find("#legend")[0].text) == silu
+    for selector, key, layer, token in (
+        ("#strip button:nth-child(8)", "", 0, 7), ("body", "\ue014", 0, 8), ("body", "\ue015", 1, 8),
+        ("body", "\ue012", 1, 7), ("body", "\ue013", 0, 7), ("#layers button:nth-child(2)", "", 1, 7),
+    ):  # fmt: skip
+        element = browser.find(selector)[0]
+        element.send_keys(key) if key else element.click()
+        numbers = data["layers"][layer]
+        title = f"Layer {layer + 1}, token {token} .*: {100 * numbers['beyond'][token]:.0f} % of what"
+        assert re.match(title, browser.find("#title")[0].text)
+        gates, shares = (np.ravel([depth[key][token] for depth in numbers["depths"]]) for key in ("gate", "share"))
+        assert [float(cell.text.split()[0]) for cell in browser.find("#tables td")] == gates.tolist()
+        lines = browser.find("#graph line.edge")
+        assert [float(line.get_attribute("stroke-width")) for line in lines] == pytest.approx(0.5 + 15 * shares)
+        dashed = [line.get_attribute("stroke-dasharray") != "none" for line in lines]
+        assert dashed == (gates < 0).tolist() and any(dashed) == silu
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    assert [address for address in sent if not address.startswith("data:")] == [url] and not browser.get_log("browser")
+
+
+def test_hand_made_graph_shows_exactly_its_open_edge(save, call, browser, corpus):
+    """Experts 0 and 1 for every token, only the edge from 1 to 0 open: on the page, and in the table as E1→E0."""
+    model = randomize(make_model(n_layer=1, n_expert=4, top_k=2, dag_depth=1, dag_dim=2), std=0.0)
+    moe, layer = model.blocks[0].moe, model.blocks[0].moe.aggregate.layers[0]
+    model.embed.weight.data[:, 2] = 4.0  # all of h
+    moe.router.weight.data[:, 2] = torch.tensor([1.1, 1.0, -9.0, -9.0])
+    moe.experts.gate_proj.data[:, :, 2] = moe.experts.up_proj.data[:, :, 2] = 1.0
+    for i in range(2):  # expert i writes into channel i, so much that node i has next to nothing else: z_0 = (40, 0)
+        moe.experts.down_proj.data[i, i] = layer.w_down.weight.data[i, i] = 10.0
+    layer.w_edge.weight.data[:] = torch.tensor([1.0, -3.0, -3.0, 1.0])  # to 0, to 1, from 0, from 1
+    layer.w_node.weight.data[:] = 1.0
+    assert make_page(call, save(model), "ab")["layers"][0]["depths"][0]["gate"] == [[[0.0, 1.0], [0.0, 0.0]]] * 2
+    browser.get(Path("page.html").absolute().as_uri())
+    drawn = {line.get_attribute("textContent").split(":")[0]: line for line in browser.find("#graph line.edge")}
+    opacity = {pair: float(line.get_attribute("stroke-opacity")) for pair, line in drawn.items()}
+    assert opacity == {"E0 → E0": 0.02, "E1 → E0": 1.0, "E0 → E1": 0.02, "E1 → E1": 0.02}
+    assert [drawn["E1 → E0"].get_attribute(end) for end in ("y1", "y2")] == ["124", "40"], "from the lower node"
+    assert call(graph, "model.pt", "--dataset=tiny")[1].splitlines()[1].split()[-2] == "E1→E0"
+    assert graph.strongest_pairs(torch.tensor([[9.0, 2.0], [4.0, 1.0]])) == ["E0→E1 1.0", "E1→E0 0.5"]
+
+
+def test_statistics_equal_a_plain_loop(save, call, corpus, monkeypatch):
+    """Token by token and edge by edge; the table shows them; and there is a picture, or how to get one."""
+    model, tokens = make_model(dag_gate="silu"), prepare.open_dataset("tiny").val
+    found = {name: [] for name in graph.Statistics._fields if name != "spread"}
+    for offset in spaced_offsets(tokens, 32, 1600):
+        expert, _, beyond, depths = plain_graphs(model, tokens[offset : offset + 32].tolist())[1]
+        e, m, before, after = depths[1]
+        found["beyond"] += beyond
+        for s, i, j in np.ndindex(32, 3, 3):
+            size = m[s, i].norm(dim=-1)
+            found["gate"].append(e[s, i, j].mean())
+            found["self_gate" if i == j else "other_gate"].append(e[s, i, j].mean())
+            if i == j:
+                found["self_share"].append(size[i] / size.sum())
+                found["incoming"].append(size.sum().square() / size.square().sum())
+                found["update"].append((after - before)[s, i].norm() / before[s, i].norm())
+            else:
+                found["alike"].append(torch.cosine_similarity(before[s, i], before[s, j], dim=0))
+            if expert[s, i] == 2 and expert[s, j] == 4:
+                found["strength"].append(size[j])
+    monkeypatch.setattr(graph, "PAIRS", len(found["strength"]))
+    monkeypatch.setattr(graph, "BATCH", 7 * 32)  # several batches, the last of which is smaller
+    row = graph.graph_statistics(model, tokens, 1600)[1][1]
+    assert row.spread == pytest.approx(np.std(found["gate"]), rel=1e-3)
+    for name, values in found.items():
+        ours = row.strength[2, 4] if name == "strength" else getattr(row, name)
+        assert float(ours) == pytest.approx(np.mean(values), rel=1e-4), name
+    assert f"{row.gate:6.3f} ± {row.spread:.3f}" in call(graph, save(model), "--dataset=tiny", "--tokens=1600")[1]
+    assert Path("dag-tiny.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert call(graph, "model.pt", "--dataset=tiny")[2].endswith("no picture: pip install matplotlib\n")
+
+
+def test_bad_input_is_refused(save, refused):
+    """One line, status 2, and nothing is written."""
+    for option in (
+        "--temperature=nan", "--temperature=-1", "--top-k=0", "--top-p=0", "--top-p=1.5", "--num-samples=0",
+        *(f"--{name}={10**30}" for name in ("num-samples", "max-new-tokens", "top-k")), f"--seed={2**63}",
+    ):  # fmt: skip
+        refused(f"argument {option.split('=')[0]}: must lie between ", sample, save(), option)
+    for message, *arguments in (
+        ("--seed: invalid number value: 'x'", "--seed=x"), ("'gpu' can't be used here", "--device=gpu"),
+        ("none.txt", "--prompt-file=none.txt"), ("folder that exists, got '.'", "--dag=."), ("got 'a/b'", "--dag=a/b"),
+        ("--dag shows one text: give one --prompt", "--prompt=a", "--prompt=b", "--dag=g.html"),
+        ("--dag shows one text", "--num-samples=2", "--dag=g.html"),
+    ):  # fmt: skip
+        refused(message, sample, "model.pt", *arguments)
+    refused("dataset 'code'", graph, "model.pt", "--dataset=code", "--tokens=1")
+    refused("--tokens: must lie between", graph, "model.pt", "--dataset=code", "--tokens=0")
+    refused("experts by 'sum': there is no graph", sample, save(make_model(aggregator="sum")), "--dag=g.html")
+    refused("experts by 'sum': there is no graph", graph, "model.pt", "--dataset=code")
+    assert not Path("g.html").exists()
+
+
+def test_bad_checkpoints_are_refused(save, refused, trained):
+    """Truncated, empty, foreign, not finite, of another model, or holding code: named, and the code never executed."""
 
     class Harmful:
         def __reduce__(self):
-            return (Path("executed").touch, ())
+            return Path("executed").touch, ()
 
-    for save in (torch.save, lambda x, p: p.write_bytes(pickle.dumps(x))):
-        save({"model": Harmful()}, path)
-        refused("best.pt is damaged or not a checkpoint", sample, run_folder)
-        assert not Path("executed").exists()
-
-    path.write_bytes(trained)
-    checkpoint = torch.load(path, weights_only=True)
-    for key, value in (("n_layer", 3), ("n_layer", "2"), ("colour", "blue")):
-        torch.save(checkpoint | {"model_config": checkpoint["model_config"] | {key: value}}, path)
-        refused("does not fit this version of model.py", sample, run_folder)
-    torch.save(checkpoint | {"model": {name: x * float("nan") for name, x in checkpoint["model"].items()}}, path)
-    refused("holds weights that are not finite", sample, run_folder)
-    torch.save(checkpoint | {"encoding": 3}, path)
-    refused("'encoding' is missing or of another type", sample, run_folder)
-    path.unlink()
-    refused("best.pt does not exist; train a model first", sample, run_folder)
-
-
-def test_device_and_precision():
-    """auto on a machine without accelerator is float32 on the CPU; what can't be used is refused."""
-    cpu = torch.device("cpu")
-    assert sample.choose_device("cpu") == cpu
-    assert sample.choose_dtype("auto", cpu) == torch.float32 and sample.choose_dtype("bfloat16", cpu) == torch.bfloat16
-    with pytest.raises(prepare.UserError, match="float16"):
-        sample.choose_dtype("float16", cpu)
+    for contents in (b"", b"no checkpoint", trained[:-100], trained[: len(trained) // 2], bytes(9999)):
+        Path("bad.pt").write_bytes(contents)
+        refused("bad.pt is damaged", sample, "bad.pt")
+    model, not_finite = torch.load(save(), weights_only=True)["model"], torch.full((16,), torch.nan)
+    for changes in (
+        {"encoding": 3}, {"model": {}}, {"model": Harmful()}, {"model": model | {"norm.weight": not_finite}},
+        {"model": make_model().state_dict()}, {"model_config": {"n_layer": "2"}}, {"model_config": {"colour": 1}},
+    ):  # fmt: skip
+        refused("model.pt ", sample, save(**changes))
+    refused("nowhere does not exist", sample, "nowhere")
+    assert not Path("executed").exists()

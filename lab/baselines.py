@@ -1,0 +1,161 @@
+"""What the paper compares DAG-MoE with, and DAG-MoE with one part taken out: more values of the setting `aggregator`.
+
+    python -m lab.baselines lab/configs/ablation/base.toml --aggregator=mlp    # train.py, which then knows these, too
+
+    mlp           the weighted sum, and an ungated MLP over all K nodes
+    coe           Chain-of-Experts: two rounds of K/2 experts; the second sees what the first has found
+    dense         no experts: one SwiGLU of hidden size K·H
+    dag_ungated   without Eq. 9: every edge is open
+    dag_full      all of h in every node of Eq. 6, where the paper has h / K
+    dag_none      nothing of h in the nodes, so that the layer has no residual connection
+    dag_outside   nothing of h in the nodes; h is added to what comes out of the graph
+    dag_up        W_up of Eq. 11 does not start at zero
+
+Importing this module is enough to know them. Names of parameters are chosen so that GPT.cost() stays right: what works
+on each of the K nodes is in `aggregate.layers`, what is beside the selected experts is not in `experts`.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import train
+from model import FEED_FORWARD, NORM_EPS, Aux, DAGAggregator, DAGLayer, Experts, ModelConfig, MoE, WeightedSum, pairwise
+from prepare import run
+
+
+class MLPMixing(nn.Module):
+    """The paper's ungated control: h' = Σ_i n_i + W_up GELU(W_mix concat(z_1, ..., z_K)), n_i of Eq. 6, z_i of Eq. 7.
+
+    Unlike in the graph, the order of the slots counts. Departure: the norm of Eq. 7, which the paper does not mention.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        C, K, D = config.n_embd, config.top_k, config.dag_dim
+        self.norm = nn.RMSNorm(C, NORM_EPS)
+        self.layers = nn.ModuleDict({"w_down": nn.Linear(C, D, bias=False)})
+        self.w_mix = nn.Linear(K * D, D, bias=False)
+        self.w_up = nn.Linear(D, C, bias=False)
+        self.w_up.weight.init_scale = 0.0  # so that it begins as the standard MoE, as the graph does
+
+    def forward(self, h: Tensor, out: Tensor, gate: Tensor) -> Tensor:
+        """h (S, C), out (S, K, C), gate (S, K) → (S, C)."""
+        S, K, C = out.shape
+        node = gate.unsqueeze(-1) * out + h.unsqueeze(1) / K  # Eq. 6
+        z = self.layers["w_down"](self.norm(node))  # Eq. 7, (S, K, D)
+        mixed = F.gelu(self.w_mix(z.flatten(1)))  # (S, D)
+        return node.sum(dim=1) + self.w_up(mixed)
+
+
+class ChainOfExperts(MoE):
+    """h¹ = h + Σ g E(norm(h)), h' = h¹ + Σ g E(norm(h¹)): a router per round, the same experts (arXiv 2506.18945).
+
+    K/2 experts a round. Departure: the norm is applied anew in each round, with the same weights, where the original
+    passes on the normalised state. Raises ValueError unless K is even.
+    """
+
+    def __init__(self, config: ModelConfig):
+        if config.top_k % 2:
+            raise ValueError(f"top_k must be even for coe, which spends it over two rounds, got {config.top_k}")
+        half = replace(config, top_k=config.top_k // 2)
+        super().__init__(WeightedSum, half)  # the first round
+        self.second = MoE(WeightedSum, replace(half, shared_dim=0))
+        self.second.norm, self.second.experts = self.norm, self.experts
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Aux]:
+        """h (B, T, C) → (B, T, C), Aux: means of the two routers' losses, the sum of their loads."""
+        h, (balance, z, load) = super().forward(h)
+        h, (second_balance, second_z, second_load) = self.second(h)
+        return h, ((balance + second_balance) / 2, (z + second_z) / 2, load + second_load)
+
+
+class Dense(nn.Module):
+    """No experts to choose from: one SwiGLU with the multiply-adds of a token's K experts and of the shared one."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.n_expert = config.n_expert
+        self.norm = nn.RMSNorm(config.n_embd, NORM_EPS)
+        self.network = Experts(config, 1, config.top_k * config.expert_dim + config.shared_dim)
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Aux]:
+        """h (B, T, C) → (B, T, C), Aux of a router in perfect balance."""
+        x = self.norm(h).flatten(0, 1)  # (S, C)
+        first = torch.zeros(len(x), 1, dtype=torch.long, device=x.device)  # the only expert
+        load = torch.ones(self.n_expert, dtype=torch.long, device=x.device)
+        return h + self.network(x, first).view_as(h), (x.new_ones(()), x.new_zeros(()), load)
+
+
+class UngatedLayer(DAGLayer):
+    """One depth of the graph without its gates: e_ij = 1 in Eq. 10."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        del self.w_edge
+
+    def edges(self, node: Tensor) -> tuple[Tensor, Tensor]:
+        """node (S, K, C) → ones and messages, both (S, K, K, D)."""
+        z = self.w_down(self.norm(node))  # Eq. 7
+        m = pairwise(self.w_node, z)  # Eq. 10
+        return torch.ones_like(m), m
+
+
+class UngatedDAG(DAGAggregator):
+    """The graph with every edge open."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.layers = nn.ModuleList(UngatedLayer(config) for _ in range(config.dag_depth))
+
+
+class FullDAG(DAGAggregator):
+    """n_i⁰ = g_i E_i(x) + h: Eq. 6 without its 1/K, so every layer multiplies the residual stream by K."""
+
+    def forward(self, h: Tensor, out: Tensor, gate: Tensor) -> Tensor:
+        """h (S, C), out (S, K, C), gate (S, K) → (S, C)."""
+        return super().forward(out.shape[1] * h, out, gate)
+
+
+class BareDAG(DAGAggregator):
+    """n_i⁰ = g_i E_i(x): Eq. 6 without h."""
+
+    def forward(self, h: Tensor, out: Tensor, gate: Tensor) -> Tensor:
+        """h (S, C), out (S, K, C), gate (S, K) → (S, C)."""
+        return super().forward(0 * h, out, gate)
+
+
+class OutsideDAG(BareDAG):
+    """h' = h + Σ_i n_i^L with n_i⁰ = g_i E_i(x): the residual connection goes around the graph."""
+
+    def forward(self, h: Tensor, out: Tensor, gate: Tensor) -> Tensor:
+        """h (S, C), out (S, K, C), gate (S, K) → (S, C)."""
+        return h + super().forward(h, out, gate)
+
+
+class OpenDAG(DAGAggregator):
+    """W_up begins as small as all else that writes into the residual stream, and not at zero."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        for layer in self.layers:
+            layer.w_up.weight.init_scale = (2 * config.n_layer) ** -0.5
+
+
+FEED_FORWARD.update(
+    mlp=partial(MoE, MLPMixing),
+    coe=ChainOfExperts,
+    dense=Dense,
+    dag_ungated=partial(MoE, UngatedDAG),
+    dag_full=partial(MoE, FullDAG),
+    dag_none=partial(MoE, BareDAG),
+    dag_outside=partial(MoE, OutsideDAG),
+    dag_up=partial(MoE, OpenDAG),
+)
+
+if __name__ == "__main__":
+    run(train.main)
