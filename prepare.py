@@ -91,8 +91,7 @@ def run(main: Callable[[], None]) -> None:
 
 def printable(text: str) -> str:
     """The text with control characters other than newline and tab escaped, so that it can't steer a terminal."""
-    controls = [*range(0x20), *range(0x7F, 0xA0)]
-    return text.translate({code: f"\\x{code:02x}" for code in controls if chr(code) not in "\n\t"})
+    return text.translate({c: f"\\x{c:02x}" for c in (*range(0x20), *range(0x7F, 0xA0)) if chr(c) not in "\n\t"})
 
 
 @contextlib.contextmanager
@@ -170,12 +169,14 @@ def fetch(url: str, path: Path) -> None:
 
 
 def read_blocks(path: Path) -> Iterator[tuple[str, bool]]:
-    """The text of a UTF-8 file in blocks, each with whether it is the last, which is empty. Raises ValueError."""
+    """The text of a UTF-8 file in blocks, each with whether it is the last. Raises ValueError."""
     with path.open(encoding="utf-8", newline="\n") as file:
         try:
-            while text := file.read(BLOCK) + file.readline(BLOCK):  # to a line end, or as much again of a long line
-                yield text, False
-            yield "", True
+            text = file.read(BLOCK) + file.readline(BLOCK)  # up to a line end, or as much again of a long line
+            while text:
+                following = file.read(BLOCK) + file.readline(BLOCK)
+                yield text, not following
+                text = following
         except UnicodeDecodeError as error:
             offset = file.buffer.tell() - len(error.object) + error.start
             raise ValueError(f"{path} is not UTF-8 at offset {offset}: convert it, for example with iconv") from error
@@ -208,9 +209,9 @@ def cut_once(paths: list[Path], train_bytes: int) -> Iterator[Piece]:
     split, done = "train", 0
     for text, last in itertools.chain.from_iterable(map(read_blocks, paths)):
         size = len(text.encode())
-        if split == "train" and done + size > train_bytes:
+        if split == "train" and done + size >= train_bytes:
             head = text.encode()[: train_bytes - done].decode(errors="ignore")
-            cut = head.rfind("\n") + 1 or len(head)
+            cut = head.rfind("\n") + 1 or max(len(head), 1)
             yield "train", text[:cut], True
             split, text = "val", text[cut:]
         yield split, text, last
@@ -228,6 +229,7 @@ def read_local(what: list[str], pattern: str, folder: Path, val_fraction: float,
         source, paths = " ".join(what), find_files(what, pattern)
     for i, path in enumerate(paths):
         if not path.is_file():  # it does not tell its size
+            print(f"copying {path}")
             paths[i] = folder / f"{i}-{path.name}"
             with path.open("rb") as stream, replacing(paths[i]) as file:
                 shutil.copyfileobj(stream, file)
@@ -254,9 +256,9 @@ def read_archive(path: Path) -> Iterator[str]:
     """The documents of a tar of tar.xz files, three or more line ends made two, stripped. Raises ValueError."""
     try:
         with tarfile.open(path, "r|") as archive:
-            for member in filter(tarfile.TarInfo.isfile, archive):
+            for member in (m for m in archive if m.name.endswith(".xz")):
                 with tarfile.open(fileobj=archive.extractfile(member), mode="r|xz") as subset:
-                    for entry in filter(tarfile.TarInfo.isfile, subset):  # its name reaches no file system
+                    for entry in (e for e in subset if e.name.endswith(".txt")):  # no name reaches the file system
                         text = subset.extractfile(entry).read().decode()
                         yield re.sub("\n\n\n+", "\n\n", text).strip()
     except (tarfile.TarError, EOFError) as error:
@@ -280,8 +282,7 @@ def read_openwebtext(url: str) -> Iterator[Piece]:
 def write_bins(pieces: Iterator[Piece], size: int, folder: Path, encoding: tiktoken.Encoding, workers: int) -> dict:
     """Write folder/train.bin and val.bin from about `size` bytes of text; returns what meta.json says about each."""
 
-    def encode(piece: Piece) -> np.ndarray:
-        _, text, last = piece
+    def encode(split: str, text: str, last: bool) -> np.ndarray:
         if encoding.name == "bytes":  # the bytes are the ids: a hundred times faster than asking tiktoken
             ids = np.frombuffer(text.encode(), np.uint8)
         else:
@@ -291,7 +292,6 @@ def write_bins(pieces: Iterator[Piece], size: int, folder: Path, encoding: tikto
 
     group = list(itertools.islice(pieces, GROUP))  # a source that downloads does so here
     counts = {split: Counter() for split in SPLITS}
-    begun = dict.fromkeys(SPLITS, False)  # whether a document of this split has had text
     with (
         ThreadPoolExecutor(workers) as pool,
         replacing(folder / "train.bin") as train,
@@ -299,13 +299,14 @@ def write_bins(pieces: Iterator[Piece], size: int, folder: Path, encoding: tikto
         tqdm(desc="tokenizing", total=size, unit="B", unit_scale=True) as progress,
     ):
         while group:
-            for (split, text, last), ids in zip(group, pool.map(encode, group), strict=True):
-                if text or begun[split]:  # empty documents are left out
-                    begun[split] = not last
+            encoded = pool.map(encode, *zip(*group, strict=True))
+            following = list(itertools.islice(pieces, GROUP))  # is read meanwhile
+            for (split, text, last), ids in zip(group, encoded, strict=True):
+                if text:  # empty documents are left out
                     (train if split == "train" else val).write(ids)
                     counts[split].update(documents=int(last), bytes=len(text.encode()), tokens=len(ids))
                     progress.update(len(text.encode()))
-            group = list(itertools.islice(pieces, GROUP))
+            group = following
     for split, count in counts.items():
         require(count["tokens"], f"there is no text for {split}: choose another --val-fraction, or give more text")
         count["sha256"] = file_sha256(folder / f"{split}.bin")

@@ -2,7 +2,6 @@
 
     python -m lab.compare sweep lab/configs/ablation --seeds 5 --jobs 2   # whatever is missing of every arm and seed
     python -m lab.compare table out/ablation                              # a row per arm: loss, difference to sum, cost
-    python -m lab.compare table lab/results/ablation.csv --against shared
     python -m lab.compare plot out/ablation quality.png
 
 A folder of arms holds base.toml, what all of them share, and a file per arm with its difference. Runs of one seed have
@@ -81,9 +80,10 @@ def steps_to_do(out_dir: Path, arguments: list[str]) -> int:
 
 def start(out_dir: Path, arguments: list[str], jobs: int) -> subprocess.Popen:
     """Begin or go on with a run; what it prints is in OUT_DIR.log, because train.py wants to make OUT_DIR itself."""
+    if out_dir.is_dir() and not any(out_dir.iterdir()):  # left by a run that was killed before its first evaluation
+        out_dir.rmdir()
     resume = ["--resume"] if (out_dir / "ckpt.pt").exists() else []
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ, "PYTHONUNBUFFERED": "1"}  # an error is the last line
+    environment = {"OMP_NUM_THREADS": str((os.cpu_count() or 1) // jobs or 1), **os.environ, "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "lab.baselines", *arguments, *resume]
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{out_dir}.log", "ab") as log:  # in a session of its own: Ctrl-C is for the sweep

@@ -130,10 +130,10 @@ def config_of(*arguments) -> ModelConfig:
 
 def test_arms_are_fair():
     """Arms differ in the aggregator only; shared has the weights of dag2's matrices, *_compute its multiply-adds."""
-    for path in ABLATION.glob("*[!e].toml"):  # all but base
+    for path in set(ABLATION.glob("*.toml")) - {ABLATION / "base.toml"}:
         keys = tomllib.loads(path.read_text()).keys() - {"shared_dim", "dag_depth", "dag_gate"}
         assert keys == ({"aggregator", "expert_dim"} if path.stem == "sum_compute" else {"aggregator"}), path
-    large, costs = ABLATION.with_name("ablation_s"), {}
+    large = ABLATION.with_name("ablation_s")
     for folder in (large, ABLATION):
         configs = {path.stem: config_of(folder / "base.toml", path, "--n_layer=1") for path in folder.glob("*.toml")}
         costs = {arm: GPT(config).cost() for arm, config in configs.items()}
@@ -163,7 +163,7 @@ def test_the_table_is_what_the_rows_say(call, monkeypatch):
     rows += [evaluation("one", 2, 1000, 1.3, learning_rate=0.2), evaluation("one", 4, 1000, 0.1, learning_rate=0.2)]
     rows.append(evaluation("sum", 4, 500, 9.0))
     compare.write_csv(Path("a.csv"), {"": rows})
-    out = call(compare, "table", "a.csv")[1]
+    out = call(compare, "table", "a.csv", "--csv=b.csv")[1]
     half = 4.303 * statistics.stdev([-0.1, -0.05, -0.08]) / math.sqrt(3)
     interval = f"-0.0767 ({-0.23 / 3 - half:+.4f} to {-0.23 / 3 + half:+.4f})"
     lines = [" ".join(line.split()) for line in out.splitlines()]
@@ -174,7 +174,6 @@ def test_the_table_is_what_the_rows_say(call, monkeypatch):
         "Left out: one-4, at 1,000 tokens; it or sum-4 is not finished.",
         "Left out: sum-4, at 500 tokens; it or sum-4 is not finished.",
     ]
-    assert call(compare, "table", "a.csv", "--csv=b.csv")[0] == 0
     assert call(compare, "table", "b.csv")[1] == out, "what was written is what was read"
     assert "-0.1000" in call(compare, "table", "a.csv", "--against=one")[1]
     assert "1.2845  +0.0141 (+0.0000 to +0.0282)" in call(compare, "table", REPOSITORY / "lab/results/ablation.csv")[1]
@@ -190,8 +189,7 @@ def test_what_can_not_be_compared_is_refused(refused):
     for arm, seed, names in (("dag", 1, of_all), ("sum", 2, ("model", "learning_rate"))):
         for name in names:
             compare.write_csv(Path("a.csv"), {"": [row, row._replace(arm=arm, seed=seed, **{name: "7"})]})
-            refused(f"differ in {name} (", compare, "table", "a.csv")
-    refused("differ in learning_rate (7.0 and 0.1), so their losses can't be compared", compare, "table", "a.csv")
+            refused(f"-1 differ in {name} (", compare, "table", "a.csv")
     compare.write_csv(Path("a.csv"), {"": [row, row]})
     refused("sum-1 is there twice", compare, "table", "a.csv")
 
@@ -221,8 +219,8 @@ def test_runs_are_read_from_their_folders(corpus, call, refused):
     """Rows are those of the log, with the model's size; on another dataset it is the last weights' loss there."""
     for arm in ("sum", "mlp"):
         assert call(train, *SMALL, f"--aggregator={arm}", "--seed=1", f"--out_dir=out/all/{arm}-1")[0] == 0
-    assert call(compare, "table", "out/all", "--csv=a.csv")[0] == 0
-    rows = [row for row in compare.evaluations_in(Path("a.csv")) if row.arm == "mlp"]
+    Path("out/all/mlp-1/best.pt").unlink()  # it is the last checkpoint that counts
+    rows = compare.evaluations_of(Path("out/all/mlp-1"), None)
     model, checkpoint = train.load_checkpoint(Path("out/all/mlp-1/ckpt.pt"))
     log = [(row["tokens"], row["val_loss"]) for row in checkpoint["log"]]
     assert [(row.at_token, row.val_loss) for row in rows] == log and [tokens for tokens, _ in log] == [0, 192, 384]
@@ -244,6 +242,7 @@ def test_a_sweep_goes_on_where_it_was_stopped(corpus, call, refused, monkeypatch
     settings = [setting for setting in SMALL if not re.match("--(max_steps|eval_interval|top_k)", setting)]
     sweep, mlp = ["sweep", "arms", "--seeds=1", "--jobs=2", *settings], ["--arms", "mlp"]
     Path("arms").mkdir()
+    Path("out/arms/mlp-1").mkdir(parents=True)  # empty, as kill -9 in a run's first seconds leaves it
     Path("arms/base.toml").write_text("max_steps = 150\neval_interval = 50\n")
     Path("arms/mlp.toml").write_text('aggregator = "mlp"\n')
     Path("arms/odd.toml").write_text('aggregator = "coe"\ntop_k = 3\n')
@@ -253,10 +252,11 @@ def test_a_sweep_goes_on_where_it_was_stopped(corpus, call, refused, monkeypatch
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert "stopped; the same command goes on" in process.communicate(timeout=60)[0] and process.returncode == 0
-    assert compare.steps_done(Path("out/arms/mlp-1")) < 150
+    assert "stopped after step" in Path("out/arms/mlp-1.log").read_text()
+    Path("out/arms/odd-1.log").write_text("said earlier\n")
     status, out, error = call(compare, *sweep)
-    assert status == 2 and "error: 1 of 2 runs failed: out/arms/odd-1; see the .log beside each" in error
-    assert "2 runs, 0 of them finished already, 2 at a time" in out
+    assert status == 2 and "2 runs, 0 of them finished already, 2 at a time" in out
+    assert "error: 1 of 2 runs failed: out/arms/odd-1; see the .log beside each" in error
     assert "odd-1 ended with status 2, and said: error: top_k must be even for coe" in out + error
     assert call(train, "arms/base.toml", "arms/mlp.toml", *settings, "--seed=1", "--out_dir=out/x")[0] == 0
     ours, theirs = (compare.read_rows(Path(f"out/{name}/log.csv"))[-1] for name in ("arms/mlp-1", "x"))
@@ -268,13 +268,13 @@ def test_a_sweep_goes_on_where_it_was_stopped(corpus, call, refused, monkeypatch
 def test_costs_are_printed(corpus, call, monkeypatch):
     """A row per aggregator with the numbers of GPT.cost(); ratios are of neighbours, sum's to itself is 1; memory."""
     assert cost.ratio([1.0, 8.0, 9.0], [1.0, 4.0, 3.0]) == "2.00 (1.00-3.00)"
-    peak = cost.peak_megabytes(lambda: torch.ones(25_000_000).sum(), torch.device("cpu"))
-    assert math.isnan(peak) or 90 < peak < 130
+    peaks = [cost.peak_megabytes(lambda n=n: torch.ones(n).sum(), torch.device("cpu")) for n in (2**26, 25_000_000)]
+    assert math.isnan(peaks[1]) or 90 < peaks[1] < 130, "the second must not see the first one's"
     out = call(cost, "step", "--repeats=1", *SMALL)[1]
     rows = {line[:16].strip(): line[16:].split() for line in out.splitlines()[2:]}
     assert list(rows) == ["sum", "mlp", "dense", "coe", "shared", "dag L=1", "dag L=2"]
     shared = GPT(config_of(*SMALL, "--aggregator=sum", "--shared_dim=8")).cost()
-    assert rows["shared"][:2] == [f"{shared[key]:,}" for key in ("parameters", "multiply_adds")]
-    assert rows["sum"][2] == "1.00" and rows["sum"][4:6] == ["1.00", "(1.00-1.00)"]
+    assert rows["shared"][:2] == [f"{shared['parameters']:,}", f"{shared['multiply_adds']:,}"]
+    assert rows["sum"][2] == rows["sum"][4] == "1.00" and rows["sum"][5] == "(1.00-1.00)"
     monkeypatch.setattr(cost, "GROWTH", {"dag_depth": (2, 3)})
     assert call(cost, "layer", "--growth", "--repeats=1", *SMALL)[1].count("dag D=64") == 2

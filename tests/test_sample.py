@@ -121,7 +121,7 @@ def make_page(call, path: Path, prompt: str, new: int = 0) -> dict:
     """Write page.html for a prompt and `new` more tokens; returns the numbers in it."""
     status, _, error = call(sample, path, "--prompt", prompt, f"--max-new-tokens={new}", "--dag=page.html")
     assert status == 0 and "wrote page.html" in error
-    return json.loads(re.search(r"^const data = (\{.*\});$", Path("page.html").read_text(), re.MULTILINE)[1])
+    return json.loads(re.search(r"^const data = (\{[^<\n]*\});$", Path("page.html").read_text(), re.MULTILINE)[1])
 
 
 def test_readers_that_go_away(save):

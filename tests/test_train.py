@@ -372,7 +372,7 @@ def test_two_ranks_equal_one(corpus, call, aggregator, grad_accum):
 
 
 def test_a_dead_rank_ends_the_job_and_one_process_goes_on(corpus, call):
-    """SIGTERM to torchrun stops both at one step; an error is printed once; one process can go on with the run."""
+    """A killed rank ends the job, one process goes on with the run; an error of all ranks is printed once."""
     run = (*TINY_RUN, "--max_steps=2000", "--eval_interval=20", "--grad_accum=2", "--out_dir=out/two")
     process = start(*run, python=TORCHRUN)
     wait_for("out/two/ckpt.pt", process)
