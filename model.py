@@ -37,7 +37,7 @@ from torch import Tensor
 
 VERSION = "0.2.0"  # written into every checkpoint
 NORM_EPS = 1e-5  # inside every RMSNorm: x / sqrt(mean(x²) + eps) · weight (Zhang and Sennrich 2019)
-INIT_STD = 0.02  # of every weight matrix, times its init_scale: what writes into h, 2·n_layer times, begins smaller
+INIT_STD = 0.02  # of every weight matrix, times its init_scale: (2·n_layer)^-½ for what writes into h
 GATES = {"sigmoid": torch.sigmoid, "silu": F.silu}  # σ of Eq. 9
 Aux = tuple[Tensor, Tensor, Tensor]  # what a router tells about S tokens: balance loss (), z-loss (), load (E)
 
@@ -103,7 +103,7 @@ class DAGLayer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         C, D = config.n_embd, config.dag_dim
-        self.gate = GATES[config.dag_gate]
+        self.sigma = GATES[config.dag_gate]
         self.norm = nn.RMSNorm(C, NORM_EPS)
         self.w_down = nn.Linear(C, D, bias=False)
         self.w_edge = nn.Linear(2 * D, D, bias=False)
@@ -114,7 +114,7 @@ class DAGLayer(nn.Module):
     def edges(self, node: Tensor) -> tuple[Tensor, Tensor]:
         """node (S, K, C) → gates e and messages m, both (S, K, K, D): [s, i, j] is the edge from node j to node i."""
         z = self.w_down(self.norm(node))  # Eq. 7, (S, K, D). Departure: RMSNorm, as in the backbone, for LN
-        e = self.gate(pairwise(self.w_edge, z))  # Eq. 9: one soft gate per channel
+        e = self.sigma(pairwise(self.w_edge, z))  # Eq. 9: one soft gate per channel
         m = e * pairwise(self.w_node, z)  # Eq. 10
         return e, m
 
@@ -176,7 +176,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """Stacked SwiGLU networks, down(SiLU(gate x) ⊙ up x) (Shazeer 2020). No slot is dropped: that leaks the future."""
+    """Stacked SwiGLU networks, down(SiLU(gate x) ⊙ up x) (Shazeer 2020). Dropping slots would leak the future."""
 
     def __init__(self, config: ModelConfig, n_expert: int, hidden_dim: int):
         super().__init__()
@@ -201,8 +201,8 @@ class Experts(nn.Module):
 def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """F.linear with a weight per group of rows: rows (N, I), weight (E, O, I), ends (E) → (N, O). Groups may be empty.
 
-    One kernel where F.grouped_mm can be used (CPU and CUDA, rows of a multiple of 16 bytes, bfloat16; on the CPU, where
-    nothing is compiled, float32), else a loop over the experts.
+    One kernel where F.grouped_mm can be used: on CPU and CUDA, rows of a multiple of 16 bytes, bfloat16, and on the CPU,
+    unless compiled, float32. Else a loop over the experts.
     """
     device = rows.device.type
     if torch.is_autocast_enabled(device):  # which does not know grouped_mm
@@ -301,7 +301,7 @@ class Block(nn.Module):
 class Output(NamedTuple):
     """What GPT.forward always returns."""
 
-    logits: Tensor  # (B, T, vocab_size)
+    logits: Tensor  # (B, T, vocab_size); with a cache (B, 1, vocab_size)
     loss: Tensor | None  # () cross-entropy in nats per token and nothing else, None without targets
     balance: Tensor  # () mean over layers of the balance loss: 1 when balanced, E/K when collapsed onto K experts
     z: Tensor  # () mean over layers of the z-loss, mean of logsumexp(logits)²
@@ -365,8 +365,8 @@ class GPT(nn.Module):
                 unread, cache = tokens[:, -(self.config.block_size // 2) :], [{} for _ in self.blocks]
 
     def cost(self) -> dict[str, int]:
-        """parameters: all. active: those a token uses. multiply_adds: per token, of all matrix products of a forward
-        pass over a full window, nothing masked. aggregator: those of the graph, whose matrices work on K nodes.
+        """parameters: all. active: those a token uses, embeddings whole. multiply_adds: per token, of all products of a
+        forward pass over a full window, nothing masked. aggregator: those of the graph, whose matrices work on K nodes.
         """
         c = self.config
         cost = {"parameters": 0, "active": 0, "multiply_adds": 2 * c.n_layer * c.block_size * c.n_embd, "aggregator": 0}

@@ -256,12 +256,12 @@ def read_archive(path: Path) -> Iterator[str]:
     """The documents of a tar of tar.xz files, three or more line ends made two, stripped. Raises ValueError."""
     try:
         with tarfile.open(path, "r|") as archive:
-            for member in (m for m in archive if m.name.endswith(".xz")):
+            for member in (m for m in archive if m.isfile() and m.name.endswith(".xz")):
                 with tarfile.open(fileobj=archive.extractfile(member), mode="r|xz") as subset:
-                    for entry in (e for e in subset if e.name.endswith(".txt")):  # no name reaches the file system
+                    for entry in (e for e in subset if e.isfile() and e.name.endswith(".txt")):  # reaches no disk
                         text = subset.extractfile(entry).read().decode()
                         yield re.sub("\n\n\n+", "\n\n", text).strip()
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it to download it again") from error
 
 

@@ -54,8 +54,9 @@ LOG_COLUMNS = ["step", "tokens", "train_loss", "val_loss", "val_bpb", "balance",
 CHECKPOINT = {"model": dict, "optimizer": dict, "model_config": dict, "train_config": dict, "encoding": str}
 CHECKPOINT |= {"data": dict, "version": str, "step": int, "log": list, "losses": list, "grad_norm": float}
 EXPLAINED = {  # torch's errors
-    "memory|allocate|overflow": "too large for the memory: smaller --batch_size, more --grad_accum, or a smaller model",
+    "out of memory|allocate|overflow": "too large for the memory: a smaller --batch_size or a smaller model",
     "size mismatch|missing key|unexpected key": "the weights do not fit the model's settings",
+    "compiler": "torch.compile needs a C++ compiler: leave --compile out",
     "gloo|nccl|peer": "another rank has ended; go on from the last checkpoint with --resume",
 }
 
@@ -74,14 +75,14 @@ class TrainConfig:
     min_lr: float = 1e-4  # learning rate at the last step, reached along a cosine
     warmup_steps: int = 100  # steps in which the learning rate rises linearly from zero
     weight_decay: float = 0.1  # AdamW's decay, of matrices only
-    grad_clip: float = 1.0  # largest norm of the whole gradient
+    grad_clip: float = 1.0  # largest norm of the whole gradient; 0: any
     balance_coef: float = 0.01  # weight of the balance loss
     z_coef: float = 0.001  # weight of the router's z-loss
     eval_interval: int = 200  # steps between evaluations, each with a row in log.csv and a checkpoint
     eval_tokens: int = 100_000  # validation tokens per evaluation, in evenly spaced windows
     device: str = "auto"  # auto (CUDA, else MPS, else CPU), or a torch device
     dtype: str = "auto"  # precision of matrix products: auto (bfloat16 on CUDA, else float32), float32, bfloat16
-    compile: bool = False  # compile the model with torch.compile: slow to start, then faster
+    compile: bool = False  # compile the model with torch.compile: slow to start, then faster in bfloat16
     resume: bool = False  # go on from OUT_DIR/ckpt.pt; settings not given are those of the checkpoint
     init_from: str = ""  # out/OTHER or a checkpoint: start from its weights, a sum's also as a dag; fresh optimizer
 
@@ -97,7 +98,7 @@ KINDS = {f.name: f.type for f in (*fields(TrainConfig), *fields(ModelConfig))}
 
 
 def parse(arguments: list[str]) -> dict:
-    """Settings by key, and the paths of config files. Raises ValueError, naming the nearest key, for an unknown one."""
+    """Settings by key, and the paths of config files (first). Raises ValueError, naming the nearest key, if unknown."""
     parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.allow_abbrev = False
     parser.add_argument("config", nargs="*", type=Path, help="files such as configs/quickstart.toml")
@@ -162,7 +163,8 @@ def choose_device(name: str) -> torch.device:
     """The device called `name`; "auto" is CUDA, a GPU per rank, else MPS (Apple; one rank only), else the CPU."""
     if name == "auto":
         mps = torch.backends.mps.is_available() and RANKS == 1
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
     try:
         device = torch.zeros(1, device=name).device
         require(device.type in ("cpu", "cuda", "mps"), "train.py knows no such device")
@@ -182,7 +184,7 @@ def autocast(device: torch.device, dtype: str = "auto") -> torch.autocast:
 def load_checkpoint(path: Path) -> tuple[GPT, dict]:
     """The model, in evaluation mode on the CPU, and all contents of a checkpoint; of a run's folder, of its best.pt.
 
-    Raises ValueError if the file is missing, damaged or another version's. No code in it is executed.
+    Raises ValueError if the file is missing, damaged or does not fit. No code in it is executed.
     """
     path = path / "best.pt" if path.is_dir() else path
     require(path.is_file(), f"{path} does not exist; train a model first: python train.py configs/quickstart.toml")
@@ -294,7 +296,8 @@ class Run:
     """Everything that a training needs, made from its settings, and how far it has come."""
 
     def __init__(self, given: dict):
-        c, old, checkpoint = make_config(TrainConfig, given), None, {}
+        where = {key: given[key] for key in ("out_dir", "resume", "init_from") if key in given}
+        c, old, checkpoint = make_config(TrainConfig, where), None, {}
         if c.resume:
             old, checkpoint = load_checkpoint(Path(c.out_dir, "ckpt.pt"))
             kept = checkpoint["train_config"] | checkpoint["model_config"]
@@ -302,22 +305,24 @@ class Run:
                 contradiction = f"{key} is {kept[key]!r} in {checkpoint['path']}, not {given[key]!r}"
                 require(given[key] == kept[key], f"{contradiction}: leave it, or the file that has it, out")
             given = kept | given
-            c = make_config(TrainConfig, given)
         elif c.init_from:
             old, checkpoint = load_checkpoint(Path(c.init_from))
             given = checkpoint["model_config"] | given
-        self.config, self.out_dir, self.device = c, Path(c.out_dir), choose_device(c.device)
+        self.config = c = make_config(TrainConfig, given)
+        self.out_dir, self.device = Path(c.out_dir), choose_device(c.device)
+        require(c.resume or not self.out_dir.exists(), f"{c.out_dir} exists: --resume it, or take another --out_dir")
+        require(c.grad_accum % RANKS == 0, f"grad_accum ({c.grad_accum}) must be a multiple of the {RANKS} ranks")
         self.cast = autocast(self.device, c.dtype)
         if c.dataset in KNOWN and RANK == 0 and not (DATA / c.dataset / "meta.json").exists():
             print(f"dataset {c.dataset!r} is not there yet: python prepare.py {c.dataset}", flush=True)
             prepare([c.dataset])
-        if RANKS > 1:  # the first rank may have been preparing for long
+        if RANKS > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+            dist.all_reduce(torch.zeros(1, device=self.device))  # waits for the first rank, which may be preparing
         self.data = open_dataset(c.dataset)
         self.model_config = make_config(ModelConfig, {"vocab_size": self.data.meta["vocab_size"]} | given)
         self.encoding = get_encoding(checkpoint.get("encoding", self.data.meta["encoding"]))
         self.data.check_fits(self.encoding.name, self.model_config.vocab_size, self.model_config.block_size)
-        require(c.grad_accum % RANKS == 0, f"grad_accum ({c.grad_accum}) must be a multiple of the {RANKS} ranks")
 
         torch.manual_seed(c.seed)
         self.model = GPT(self.model_config)
@@ -331,12 +336,10 @@ class Run:
             self.state = {key: checkpoint[key] for key in self.state}
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": checkpoint["optimizer"], "param_groups": groups})
-        elif RANK == 0:
-            require(not self.out_dir.exists(), f"{c.out_dir} exists: --resume it, take another --out_dir, or delete it")
-            self.out_dir.mkdir(parents=True)  # fails if another run has made it since
 
     def save(self) -> None:
         """Write best.pt if the last evaluation was the best one, log.csv, and at last ckpt.pt."""
+        self.out_dir.mkdir(parents=True, exist_ok=self.state["step"] > 0)  # fails if another run has made it since
         contents = {"model": self.model.state_dict(), "encoding": self.encoding.name, "data": self.data.fingerprint}
         contents |= {"model_config": asdict(self.model_config), "train_config": asdict(self.config), "version": VERSION}
         log = self.state["log"]
@@ -371,12 +374,9 @@ def train(run: Run) -> None:
         network = DistributedDataParallel(network)
     if RANK == 0:
         print(f"{RANKS} x {run.device}; {cost['active']:,} of {cost['parameters']:,} parameters active per token")
-        print(
-            f"{config.max_steps:,} steps of {step_tokens:,} tokens"
-            + "; compiling takes a minute first" * config.compile
-        )
+        print(f"{config.max_steps:,} steps of {step_tokens:,} tokens" + "; compiling takes a minute" * config.compile)
     if state["step"] >= config.max_steps:
-        return print(f"nothing left to do: {run.out_dir} is at step {state['step']} of {config.max_steps}")
+        return RANK or print(f"nothing left to do: {run.out_dir} is at step {state['step']} of {config.max_steps}")
 
     batch, stop, stopping = get_batch(run.data.train, model, config, state["step"]), StopRequest(), False
     since, then = time.perf_counter(), state["step"]  # of the end of the last evaluation
@@ -411,9 +411,9 @@ def train(run: Run) -> None:
             totals = torch.stack([loss, torch.full_like(loss, stop.seen)])  # all ranks decide together whether to stop
             if RANKS > 1:
                 dist.all_reduce(totals)
-            loss, stopping = totals[0].item() / RANKS, totals[1].item() > 0
+            loss, stopping = totals[0].item() / RANKS, totals[1].item() > 0 and step + 1 < config.max_steps
             check_finite(model, step, loss=loss, gradient_norm=grad_norm.item())
-            torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, grad_norm)
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip or math.inf, grad_norm)
             run.optimizer.step()
             run.optimizer.zero_grad()
             state |= {"step": step + 1, "losses": [*state["losses"], loss], "grad_norm": grad_norm.item()}

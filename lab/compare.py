@@ -80,8 +80,6 @@ def steps_to_do(out_dir: Path, arguments: list[str]) -> int:
 
 def start(out_dir: Path, arguments: list[str], jobs: int) -> subprocess.Popen:
     """Begin or go on with a run; what it prints is in OUT_DIR.log, because train.py wants to make OUT_DIR itself."""
-    if out_dir.is_dir() and not any(out_dir.iterdir()):  # left by a run that was killed before its first evaluation
-        out_dir.rmdir()
     resume = ["--resume"] if (out_dir / "ckpt.pt").exists() else []
     environment = {"OMP_NUM_THREADS": str((os.cpu_count() or 1) // jobs or 1), **os.environ, "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "lab.baselines", *arguments, *resume]

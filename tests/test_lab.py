@@ -242,7 +242,6 @@ def test_a_sweep_goes_on_where_it_was_stopped(corpus, call, refused, monkeypatch
     settings = [setting for setting in SMALL if not re.match("--(max_steps|eval_interval|top_k)", setting)]
     sweep, mlp = ["sweep", "arms", "--seeds=1", "--jobs=2", *settings], ["--arms", "mlp"]
     Path("arms").mkdir()
-    Path("out/arms/mlp-1").mkdir(parents=True)  # empty, as kill -9 in a run's first seconds leaves it
     Path("arms/base.toml").write_text("max_steps = 150\neval_interval = 50\n")
     Path("arms/mlp.toml").write_text('aggregator = "mlp"\n')
     Path("arms/odd.toml").write_text('aggregator = "coe"\ntop_k = 3\n')
