@@ -201,7 +201,7 @@ class Experts(nn.Module):
 def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """F.linear with a weight per group of rows: rows (N, I), weight (E, O, I), ends (E) → (N, O). Groups may be empty.
 
-    One kernel where F.grouped_mm can be used: on CPU and CUDA, rows of a multiple of 16 bytes, bfloat16, and on the CPU,
+    One kernel where F.grouped_mm can be used: CPU or CUDA, rows of a multiple of 16 bytes, bfloat16, and on the CPU,
     unless compiled, float32. Else a loop over the experts.
     """
     device = rows.device.type
