@@ -82,14 +82,14 @@ def run(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError, MemoryError) as error:
-        print("error:", printable(str(error)).replace("\n", " ") or "out of memory", file=sys.stderr)
+        print("error:", visible(str(error)).replace("\n", " ") or "out of memory", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
-def printable(text: str) -> str:
+def visible(text: str) -> str:
     """The text with control characters other than newline and tab escaped, so that it can't steer a terminal."""
     return text.translate({c: f"\\x{c:02x}" for c in (*range(0x20), *range(0x7F, 0xA0)) if chr(c) not in "\n\t"})
 
@@ -345,7 +345,7 @@ def prepare(
         (folder / "meta.json").unlink(missing_ok=True)  # until it is back, data/NAME counts as not prepared
         for file_name in ("train.bin", "val.bin", "meta.json"):
             os.replace(f"{made}/{file_name}", folder / file_name)
-    print(f"{folder}: {printable(source)}, {encoding.name} encoding, {meta['dtype']}")
+    print(f"{folder}: {visible(source)}, {encoding.name} encoding, {meta['dtype']}")
     print(f"{'':8}{'documents':>12}{'bytes':>16}{'share':>8}{'tokens':>16}{'bytes/token':>14}")
     total = sum(count["bytes"] for count in meta["splits"].values())
     for split, n in meta["splits"].items():

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import GPT, DAGAggregator
-from prepare import Parser, get_encoding, printable, replacing, run
+from prepare import Parser, get_encoding, replacing, run, visible
 from train import autocast, choose_device, load_checkpoint
 
 TEMPLATE = Path(__file__).parent / "assets" / "graph.html"
@@ -33,12 +33,12 @@ def print_text(encoding: Encoding, prompt: str, tokens: Iterable[int]) -> list[i
     """Print prompt and tokens as they come, characters when all their bytes are there; returns those before an end."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     written = []
-    print(printable(prompt), end="", flush=True)
+    print(visible(prompt), end="", flush=True)
     for token in tokens:
         if token == encoding.eot_token:
             break
         written.append(token)
-        print(printable(decoder.decode(encoding.decode_single_token_bytes(token))), end="", flush=True)
+        print(visible(decoder.decode(encoding.decode_single_token_bytes(token))), end="", flush=True)
     print(decoder.decode(b"", final=True))
     return written
 

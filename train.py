@@ -35,19 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import GPT, VERSION, ModelConfig, check_types
-from prepare import (
-    DATA,
-    KNOWN,
-    Dataset,
-    Parser,
-    get_encoding,
-    open_dataset,
-    prepare,
-    printable,
-    replacing,
-    require,
-    run,
-)
+from prepare import DATA, KNOWN, Dataset, Parser, get_encoding, open_dataset, prepare, replacing, require, run, visible
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
 LOG_COLUMNS = ["step", "tokens", "train_loss", "val_loss", "val_bpb", "balance", "z", "lr", "grad_norm", "tokens_per_s"]
@@ -168,6 +156,8 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.zeros(1, device=name).device
         require(device.type in ("cpu", "cuda", "mps"), "train.py knows no such device")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         return device
     except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
         raise ValueError(f"device {name!r} can't be used here ({str(error).splitlines()[0][:100]}); try cpu") from error
@@ -361,8 +351,9 @@ class Run:
             ids = torch.stack(list(self.model.eval().generate(start, 400, self.encoding.n_vocab, **choice)), dim=1)
         for text in ids.tolist():
             end = [*text, self.encoding.eot_token].index(self.encoding.eot_token)
-            print(f"\n--- sample ---\n{printable(self.encoding.decode(text[:end]))}")
-        print(f"\nfor more: python sample.py {self.out_dir} --prompt 'YOUR TEXT'")
+            print(f"\n--- sample ---\n{visible(self.encoding.decode(text[:end]))}")
+        if self.model_config.aggregator in ("sum", "dag"):  # sample.py knows no others
+            print(f"\nfor more: python sample.py {self.out_dir} --prompt 'YOUR TEXT'")
 
 
 def train(run: Run) -> None:
@@ -372,11 +363,14 @@ def train(run: Run) -> None:
     network = torch.compile(model) if config.compile else model  # has the parameters of `model`, not copies
     if RANKS > 1:
         network = DistributedDataParallel(network)
-    if RANK == 0:
+    finished = state["step"] >= config.max_steps
+    if RANK == 0 and finished:
+        print(f"nothing left to do: {run.out_dir} is at step {state['step']} of {config.max_steps}")
+    elif RANK == 0:
         print(f"{RANKS} x {run.device}; {cost['active']:,} of {cost['parameters']:,} parameters active per token")
         print(f"{config.max_steps:,} steps of {step_tokens:,} tokens" + "; compiling takes a minute" * config.compile)
-    if state["step"] >= config.max_steps:
-        return RANK or print(f"nothing left to do: {run.out_dir} is at step {state['step']} of {config.max_steps}")
+    if finished:
+        return
 
     batch, stop, stopping = get_batch(run.data.train, model, config, state["step"]), StopRequest(), False
     since, then = time.perf_counter(), state["step"]  # of the end of the last evaluation
@@ -428,6 +422,7 @@ def train(run: Run) -> None:
 
 
 def main() -> None:
+    """Train, whoever reads what is printed, and say in one line what can be mended."""
     for stream in (sys.stdout, sys.stderr):
         outlive_reader(stream)
     try:

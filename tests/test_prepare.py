@@ -74,7 +74,7 @@ def test_split_depends_on_seed_and_contents_only(workdir):
     assert set(read("b")["val"]) != set(read("c")["val"])
 
 
-def test_fewer_than_100_documents_are_cut_once(workdir):
+def test_fewer_than_100_documents_are_cut_once(workdir, monkeypatch):
     """Val is val_fraction of the bytes and begins at a line; every byte is there, in order; nothing else is cut."""
     parts = ["".join(f"línea {i:03}\n" for i in range(100 * part, 100 * part + 100)) for part in range(4)]
     for name, text in (*zip("0123", parts, strict=True), ("all", "".join(parts)), ("line", "日" * 1000)):
@@ -86,8 +86,9 @@ def test_fewer_than_100_documents_are_cut_once(workdir):
         assert whole == "".join(parts).encode() and len(val) == pytest.approx(fraction * len(whole), abs=11)
         assert len(documents["train"] + documents["val"]) <= len(names) + 1
         assert all(text.endswith(b"\n") for text in documents["train"])
-    prepare.prepare(["line.txt"], encoding="bytes")
-    assert [len(text.decode()) for (text,) in read("line").values()] == [900, 100], "no line end: after a character"
+    monkeypatch.setattr(prepare, "BLOCK", 50)  # 300 bytes in a block of a long line, 2,701 bytes for train
+    prepare.prepare(["line.txt"], encoding="bytes", val_fraction=0.0996)
+    assert [len(text.decode()) for (text,) in read("line").values()] == [901, 99], "no line end: after a character"
 
 
 def test_tokens_are_tiktokens_own(workdir, encoding, monkeypatch):
@@ -279,7 +280,6 @@ def test_bad_input_is_refused_and_overwrites_nothing(corpus, refused, workdir, m
     """One line, status 2, and the dataset of that name that was there before stays as it was."""
     monkeypatch.setattr(prepare.tiktoken, "get_encoding", mock.Mock(side_effect=ConnectionError))  # no network
     Path("latin.txt").write_bytes(b"caf\xe9\n")
-    Path("folder").mkdir()
     make_corpus(workdir / "stdlib", 1)
     before = snapshot(prepare.DATA)
     for message, *arguments in (
@@ -287,7 +287,7 @@ def test_bad_input_is_refused_and_overwrites_nothing(corpus, refused, workdir, m
         ("there is no text for val", "text", "--val-fraction=1e-9"),
         ("latin.txt is not UTF-8 at offset 3", "text", "latin.txt"),
         ("nowhere.txt does not exist", "nowhere.txt"),
-        ("no file in folder matches '*.txt'", "folder"),
+        ("no file in data matches '*.txt'", "data"),
         ("no file in text matches '/abs*'", "text", "--pattern=/abs*"),
         ("--val-fraction must lie between 0 and 1, got nan", "text", "--val-fraction=nan"),
         ("invalid float value: 'x' (see python prepare.py --help)", "text", "--val-fraction=x"),
@@ -415,8 +415,8 @@ def test_killed_at_any_moment(workdir):
 
 def test_printable():
     """Control characters are shown, not sent; everything else, newline and tab stay."""
-    assert prepare.printable("a\x1b[1m\x07\r\x7f\x9b\x00\x0b") == r"a\x1b[1m\x07\x0d\x7f\x9b\x00\x0b"
-    assert prepare.printable("tab\tnewline\n é 日 😀 \xa0") == "tab\tnewline\n é 日 😀 \xa0"
+    assert prepare.visible("a\x1b[1m\x07\r\x7f\x9b\x00\x0b") == r"a\x1b[1m\x07\x0d\x7f\x9b\x00\x0b"
+    assert prepare.visible("tab\tnewline\n é 日 😀 \xa0") == "tab\tnewline\n é 日 😀 \xa0"
 
 
 @pytest.mark.parametrize(("redirection", "status"), [("| false", 1), (">&-", 0), (">&- 2>&-", 0), ("2>&-", 0)])
@@ -424,7 +424,7 @@ def test_output_that_nobody_reads(workdir, redirection, status):
     """A closed stdout or stderr, a pipe without a reader, a terminal of ASCII only: no traceback, all is made."""
     make_corpus(workdir / "日本")
     command = f"PYTHONUNBUFFERED= {sys.executable} {prepare.__file__} 日本 --encoding=bytes --name=x {redirection}"
-    command = ["bash", "-c", command + "; exit ${PIPESTATUS[0]}"]
-    result = subprocess.run(command, capture_output=True, env=ENVIRONMENT)
+    command += "; exit ${PIPESTATUS[0]}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, env=ENVIRONMENT)
     assert result.returncode == status and b"Error" not in result.stderr, result.stderr
     assert prepare.open_dataset("x").meta["source"] == "日本"

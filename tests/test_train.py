@@ -175,7 +175,9 @@ def test_best_checkpoint(corpus, call, monkeypatch):
     assert (load("out/tiny/best.pt")["step"], load("out/tiny/ckpt.pt")["step"]) == (3, 6)
 
 
-@pytest.mark.parametrize(("stop_at", "grad_accum"), [(3, 1), (4, 2)], ids=["at an evaluation", "between two"])
+@pytest.mark.parametrize(
+    ("stop_at", "grad_accum"), [(3, 1), (4, 2), (6, 1)], ids=["at an evaluation", "between two", "at the end"]
+)
 def test_resuming_is_exact(corpus, call, monkeypatch, stop_at, grad_accum):
     """Interrupted and resumed: weights, moments and log rows equal an undisturbed run's, bit for bit."""
     run = (*TINY_RUN, f"--grad_accum={grad_accum}")
@@ -196,13 +198,17 @@ def test_resuming_is_exact(corpus, call, monkeypatch, stop_at, grad_accum):
         patch.setattr(train, "StopRequest", Recorded)
         patch.setattr(train, "get_batch", interrupted)
         status, out, _ = call(train, *run, "--out_dir=out/again")
-    assert status == 0 and f"stopped after step {stop_at} and saved; go on with --resume --out_dir=out/again" in out
+    said = f"stopped after step {stop_at} and saved; go on with --resume --out_dir=out/again" in out
+    assert status == 0 and said == (stop_at < 6), "a stop in the last step only ends the run"
     assert load("out/again/ckpt.pt")["step"] == stop_at
     assert call(train, "--out_dir=out/again", "--resume")[0] == 0, "settings not given are the checkpoint's"
     assert_equal_runs("again", "tiny")
     status, out, _ = call(train, *run, "--out_dir=out/again", "--resume")
     assert status == 0 and "nothing left to do: out/again is at step 6 of 6" in out
-    assert call(train, *run, "--out_dir=out/again", "--resume", "--max_steps=9", "--weight_decay=0.5")[0] == 0
+    assert (
+        call(train, *run, "--out_dir=out/again", "--resume", "--max_steps=9", "--learning_rate=9e-5", "--min_lr=0")[0]
+        == 0
+    )
     assert [row["step"] for row in read_log("out/again/log.csv")] == ["0", "3", "6", "9"]
 
 
@@ -245,7 +251,7 @@ def test_printing_ends_nothing(corpus, reader):
     assert "Traceback" not in result.stderr and "Exception" not in result.stderr
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient", "weight", "nothing"])
+@pytest.mark.parametrize("where", ["loss", "gradient", "weight"])
 def test_what_is_not_finite_is_named(where):
     """The message names the step, the numbers, and the tensor that went wrong first."""
     model = GPT(ModelConfig(n_layer=2, block_size=16))
@@ -257,8 +263,6 @@ def test_what_is_not_finite_is_named(where):
         for block in model.blocks:
             block.attention.o_proj.weight.register_hook(lambda g: g.fill_(math.nan))
     model(tokens, tokens).loss.backward()
-    if where == "nothing":
-        return train.check_finite(model, 7, loss=1.0)
     expected = {
         "loss": "step 7: not finite: {'loss': nan}, first no tensor",
         "gradient": "first gradient of blocks.1.attention.o_proj.weight",
