@@ -11,6 +11,7 @@ import prepare
 import train
 
 torch.set_num_threads(1)  # several tests run at once
+BAR = re.compile("(B|step|run|it|tokens)/s")  # a progress bar
 REPOSITORY = Path(train.__file__).parent
 TINY_RUN = (
     "--dataset=tiny", "--out_dir=out/tiny", "--device=cpu", "--block_size=16", "--n_layer=2", "--n_head=2",
@@ -69,11 +70,7 @@ def refused(call):
 
     def refused(message, module, *arguments):
         status, _, error = call(module, *arguments)
-        lines = [
-            line
-            for line in re.split("[\r\n]", error)
-            if line.strip() and not re.search(r"(B|step|run|it|tokens)/s", line)
-        ]
+        lines = [line for line in re.split("[\r\n]", error) if line.strip() and not BAR.search(line)]
         assert status == 2, (status, error)
         assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], error
 
