@@ -77,7 +77,8 @@ class ModelConfig:
             (self.dag_gate in GATES, f"dag_gate must be one of {', '.join(GATES)}"),
         ):
             if not holds:
-                raise ValueError(f"{rule}, got { ({k: v for k, v in vars(self).items() if k in rule}) }")
+                got = {key: value for key, value in vars(self).items() if key in rule}
+                raise ValueError(f"{rule}, got {got}")
 
 
 def check_types(config, may_be_zero: tuple[str, ...]) -> None:

@@ -410,7 +410,8 @@ def train(run: Run) -> None:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip or math.inf, grad_norm)
             run.optimizer.step()
             run.optimizer.zero_grad()
-            state |= {"step": step + 1, "losses": [*state["losses"], loss], "grad_norm": grad_norm.item()}
+            state |= {"step": step + 1, "grad_norm": grad_norm.item()}
+            state["losses"].append(loss)
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             bar.update()
     if RANK == 0 and stopping:
