@@ -4,6 +4,7 @@
 
     mlp           the weighted sum, and an ungated MLP over all K nodes
     coe           Chain-of-Experts: two rounds of K/2 experts; the second sees what the first has found
+    series        two MoEs, one after the other, without an attention between them
     dense         no experts: one SwiGLU of hidden size K·H
     dag_ungated   without Eq. 9: every edge is open
     dag_full      all of h in every node of Eq. 6, where the paper has h / K
@@ -52,26 +53,32 @@ class MLPMixing(nn.Module):
         return node.sum(dim=1) + self.w_up(mixed)
 
 
-class ChainOfExperts(MoE):
-    """h¹ = h + Σ g E(norm(h)), h' = h¹ + Σ g E(norm(h¹)): a router per round, the same experts (arXiv 2506.18945).
-
-    K/2 experts a round. Departure: the norm is applied anew in each round, with the same weights, where the original
-    passes on the normalised state. Raises ValueError unless K is even.
-    """
+class Series(MoE):
+    """h¹ = h + Σ g E(norm(h)), h' = h¹ + Σ g' E'(norm'(h¹)): the plain way to do two steps between two attentions."""
 
     def __init__(self, config: ModelConfig):
-        if config.top_k % 2:
-            raise ValueError(f"top_k must be even for coe, which spends it over two rounds, got {config.top_k}")
-        half = replace(config, top_k=config.top_k // 2)
-        super().__init__(WeightedSum, half)  # the first round
-        self.second = MoE(WeightedSum, replace(half, shared_dim=0))
-        self.second.norm, self.second.experts = self.norm, self.experts
+        super().__init__(WeightedSum, config)  # the first one
+        self.second = MoE(WeightedSum, config)
 
     def forward(self, h: Tensor) -> tuple[Tensor, Aux]:
         """h (B, T, C) → (B, T, C), Aux: means of the two routers' losses, the sum of their loads."""
         h, (balance, z, load) = super().forward(h)
         h, (second_balance, second_z, second_load) = self.second(h)
         return h, ((balance + second_balance) / 2, (z + second_z) / 2, load + second_load)
+
+
+class ChainOfExperts(Series):
+    """A series of two rounds with the same experts, K/2 each, and a router per round (arXiv 2506.18945).
+
+    Departure: the norm is applied anew in each round, with the same weights, where the original passes on the
+    normalised state. Raises ValueError unless K is even.
+    """
+
+    def __init__(self, config: ModelConfig):
+        if config.top_k % 2:
+            raise ValueError(f"top_k must be even for coe, which spends it over two rounds, got {config.top_k}")
+        super().__init__(replace(config, top_k=config.top_k // 2))
+        self.second.norm, self.second.experts, self.second.shared = self.norm, self.experts, None
 
 
 class Dense(nn.Module):
@@ -149,6 +156,7 @@ class OpenDAG(DAGAggregator):
 FEED_FORWARD.update(
     mlp=partial(MoE, MLPMixing),
     coe=ChainOfExperts,
+    series=Series,
     dense=Dense,
     dag_ungated=partial(MoE, UngatedDAG),
     dag_full=partial(MoE, FullDAG),

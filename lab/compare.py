@@ -237,9 +237,15 @@ class Arm(NamedTuple):
     last: Evaluation  # of its first seed
     differences: list[float]  # to the other arm's loss with the same seed
     gap: float  # their mean
-    half_width: float  # of its 95 % interval (Student's t), beyond 11 seeds a bit too wide; of a single one nan
+    half_width: float  # of its 95 % interval
     curve: list[tuple[int, float]]  # tokens, and the loss then, the mean over seeds
     tokens_per_s: float  # median over all stretches of all seeds; nan if it was not measured
+
+
+def half_width(values: list[float]) -> float:
+    """Of the 95 % interval of their mean (Student's t), beyond 11 values a bit too wide; of a single one nan."""
+    n = len(values)
+    return STUDENT_T[min(n, 11) - 2] * stdev(values) / n**0.5 if n > 1 else math.nan
 
 
 def summarize(runs: Runs, against: str) -> dict[str, Arm]:
@@ -252,12 +258,10 @@ def summarize(runs: Runs, against: str) -> dict[str, Arm]:
     require(pairs, f"no run of {against!r} is finished; there are runs of {', '.join(sorted({a for a, _ in runs}))}")
     for arm, pairs_of_arm in pairs.items():
         differences = [ours[-1].val_loss - theirs[-1].val_loss for ours, theirs in pairs_of_arm]
-        n = len(differences)
-        half_width = STUDENT_T[min(n, 11) - 2] * stdev(differences) / n**0.5 if n > 1 else math.nan
         moments = list(zip(*(ours for ours, _ in pairs_of_arm), strict=True))  # each with a row of every seed
         curve = [(rows[0].at_token, fmean(row.val_loss for row in rows)) for rows in moments]
         speeds = [row.tokens_per_s for row in itertools.chain(*moments) if row.tokens_per_s] or [math.nan]
-        arms[arm] = Arm(moments[-1][0], differences, fmean(differences), half_width, curve, median(speeds))
+        arms[arm] = Arm(moments[-1][0], differences, fmean(differences), half_width(differences), curve, median(speeds))
     return dict(sorted(arms.items(), key=lambda item: item[1].gap))
 
 
@@ -294,14 +298,25 @@ def write_csv(path: Path, runs: Runs) -> None:
         writer.writerows([Evaluation._fields, *itertools.chain(*runs.values())])
 
 
-def draw(path: Path, runs: Runs, against: str) -> None:
-    """Differences with their intervals, and the losses against tokens, compute and time, as PNG. Raises ValueError."""
-    require(importlib.util.find_spec("matplotlib"), "the plot needs matplotlib: pip install matplotlib")
+def new_figure(width: float, height: float):
+    """An empty figure of matplotlib's, sizes in inches. Raises ValueError if there is no matplotlib."""
+    require(importlib.util.find_spec("matplotlib"), "the picture needs matplotlib: pip install matplotlib")
     from matplotlib.figure import Figure
 
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_png(path: Path, figure) -> None:
+    """Write a figure."""
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=100)
+
+
+def draw(path: Path, runs: Runs, against: str) -> None:
+    """Differences with their intervals, and the losses against tokens, compute and time, as PNG. Raises ValueError."""
     arms = summarize(runs, against)
     near = [name for name in reversed(arms) if arms[name].gap <= FAR]  # the best one on top
-    figure = Figure(figsize=(13, 9), layout="constrained")
+    figure = new_figure(13, 9)
     to_other, *curves = figure.subplots(2, 2).flat
     for i, name in enumerate(near):
         arm, color = arms[name], f"C{i}"
@@ -319,8 +334,7 @@ def draw(path: Path, runs: Runs, against: str) -> None:
     to_other.axvline(0, color="gray", linewidth=1)
     to_other.set(yticks=range(len(near)), yticklabels=near, xlabel=f"loss less that of {against}: mean, 95 % interval")
     curves[0].legend(fontsize="small", ncols=2)
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=100)
+    save_png(path, figure)
     far = [f"{name} ({arm.gap:+.2f})" for name, arm in arms.items() if name not in near]
     print(f"wrote {path}" + (f"; not drawn, because far worse: {', '.join(far)}" if far else ""))
 

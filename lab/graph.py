@@ -6,7 +6,6 @@ The picture, dag-DATASET.png beside the checkpoint, needs matplotlib.
 """
 
 import argparse
-import importlib.util
 import math
 import sys
 from pathlib import Path
@@ -19,8 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import lab.baselines  # noqa: F401  a checkpoint may be one of them
+from lab.compare import new_figure, save_png
 from model import GPT
-from prepare import Parser, open_dataset, replacing, run
+from prepare import Parser, open_dataset, run
 from sample import Depth, check_graph, observe, within
 from train import autocast, choose_device, load_checkpoint, spaced_offsets, windows
 
@@ -134,23 +134,46 @@ def print_statistics(statistics: list[list[Statistics]], K: int) -> None:
 
 
 def draw_statistics(path: Path, statistics: list[list[Statistics]]) -> None:
-    """Heat maps of the mean message between experts, a row per layer and a column per depth, as PNG."""
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no picture: pip install matplotlib", file=sys.stderr)
-        return
-    from matplotlib.figure import Figure
-
+    """Heat maps of the mean message between experts, a row per layer and a column per depth. Raises ValueError."""
     rows, columns = len(statistics), len(statistics[0])
-    figure = Figure(figsize=(4.2 * columns, 3.6 * rows), layout="constrained")
+    figure = new_figure(4.2 * columns, 3.6 * rows)
     axes = figure.subplots(rows, columns, squeeze=False)
     for i, depths in enumerate(statistics):
         for d, row in enumerate(depths):
             image = axes[i][d].imshow(row.strength.numpy())
             axes[i][d].set(title=f"layer {i + 1}, depth {d + 1}", xlabel="expert that sends", ylabel="that receives")
             figure.colorbar(image, ax=axes[i][d], label="mean ‖m_ij‖")
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=100)
+    save_png(path, figure)
     print(f"wrote {path}", file=sys.stderr)
+
+
+@torch.no_grad()
+def read_off(model: GPT, tokens: Tensor, levels: list[Tensor], classes: int) -> list[list[float]]:
+    """How well a linear map reads known values off the nodes that a one-layer model has at the last token.
+
+    tokens (S, T); levels: what is to be read, each (S, any number) of values below `classes`, first the input's own.
+    A row for that input, as one-hot vectors, for the nodes before the graph, and for those after each depth; in it the
+    share of right values at each other level. Ridge regression to one-hot vectors, on two thirds of the tokens, tested
+    on the third; all K nodes are seen at once, each in its expert's place, every feature scaled to equal deviation.
+    """
+    depths, T = observe(model, tokens)[0], tokens.shape[1]
+    features = [F.one_hot(levels[0], classes)]
+    for nodes in (depths[0].before, *(depth.after for depth in depths)):
+        node, expert = nodes[T - 1 :: T], depths[0].expert[T - 1 :: T, :, None]  # (S, K, C), (S, K, 1)
+        by_expert = node.new_zeros(len(node), model.config.n_expert, node.shape[2])
+        features.append(by_expert.scatter(1, expert.expand_as(node), node))
+    rows, fit = [], 2 * len(tokens) // 3
+    for x in features:
+        x, row = x.flatten(1).double(), []
+        x = F.pad(x / x.std(dim=0).clamp_min(1e-12), (0, 1), value=1.0)  # with an intercept
+        gram = x[:fit].T @ x[:fit] + 1e-3 * fit * torch.eye(x.shape[1], dtype=x.dtype)
+        for values in levels[1:]:
+            one_hot = F.one_hot(values, classes).flatten(1).double()
+            weight = torch.linalg.solve(gram, x[:fit].T @ one_hot[:fit])
+            guess = (x[fit:] @ weight).unflatten(1, (-1, classes)).argmax(dim=-1)
+            row.append((guess == values[fit:]).float().mean().item())
+        rows.append(row)
+    return rows
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from tests.conftest import REPOSITORY, TINY_RUN, make_corpus
 from tests.reference import assert_same, randomize, results_and_gradients, rms_norm, tiny_config
 
 ABLATION = REPOSITORY / "lab/configs/ablation"
-BASELINES = ["mlp", "coe", "dense", "dag_ungated", "dag_full", "dag_none", "dag_outside", "dag_up"]
+BASELINES = ["mlp", "coe", "series", "dense", "dag_ungated", "dag_full", "dag_none", "dag_outside", "dag_up"]
 SMALL = [setting for setting in TINY_RUN if "out_dir" not in setting]
 
 
@@ -60,7 +60,11 @@ def plain_half(name: str, moe, h: torch.Tensor) -> torch.Tensor:
     if name == "coe":
         first = h + outputs(moe.router, h, 2).sum(dim=1) + everyones(moe.shared)
         return first + outputs(moe.second.router, first, 2).sum(dim=1)
+    if name == "series":
+        return plain_half("sum", moe.second, plain_half("sum", moe, h))
     out, aggregator = outputs(moe.router, h, 4), moe.aggregate
+    if name == "sum":
+        aggregator = Namespace(layers=[])
     if name == "mlp":
         return plain_mlp(aggregator, h, out) + everyones(moe.shared)
     if name == "dag_ungated":
@@ -70,8 +74,8 @@ def plain_half(name: str, moe, h: torch.Tensor) -> torch.Tensor:
     return graph + everyones(moe.shared) + (h if name == "dag_outside" else 0)
 
 
-@pytest.mark.parametrize("name", BASELINES)
-def test_baselines_equal_plain_loops(name):
+@pytest.mark.parametrize("name", ["sum", "dag", *BASELINES])
+def test_feed_forward_halves_equal_plain_loops(name):
     """The whole feed-forward half, router, norm and shared expert included, and every gradient (float64, 1e-10)."""
     moe = randomize(FEED_FORWARD[name](tiny_config(aggregator=name, top_k=4, shared_dim=20))).double()
     h = torch.randn(6, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -81,7 +85,7 @@ def test_baselines_equal_plain_loops(name):
 
 
 def test_losses_of_routers():
-    """coe: the mean of both rounds' losses, the sum of their loads, K even; dense: what a balanced router would say."""
+    """coe, series: the mean of both losses, the sum of both loads, K even; dense: what a balanced router would say."""
     moe, seen = randomize(FEED_FORWARD["coe"](tiny_config(aggregator="coe", top_k=4))), []
     for router in (moe.router, moe.second.router):
         router.register_forward_hook(lambda router, arguments, result: seen.append(result[2]))
@@ -95,9 +99,9 @@ def test_losses_of_routers():
     assert out.balance == 1 and out.z == 0 and (out.load == out.load[0, 0]).all()
 
 
-@pytest.mark.parametrize("name", [name for name in BASELINES if name != "dense"])
+@pytest.mark.parametrize("name", ["dag", *(name for name in BASELINES if name != "dense")])
 def test_seeds_are_paired(name):
-    """For one seed a baseline shares every weight that sum has; W_up is zero but in dag_up; some begin as the sum."""
+    """For one seed all share what sum has; W_up is zero but in dag_up, and learns; some begin as the sum."""
     tokens = torch.randint(23, (3, 16), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(5)
     models = [GPT(tiny_config(aggregator=aggregator, top_k=4, n_embd=64)) for aggregator in ("sum", name)]
@@ -106,22 +110,29 @@ def test_seeds_are_paired(name):
     w_up = [weight for key, weight in ours.items() if "w_up" in key]
     for weight in w_up:
         assert weight.std().item() == pytest.approx(0.01 if name == "dag_up" else 0.0, rel=0.2)  # 0.02 / sqrt(2·2)
-    if name in ("mlp", "dag_ungated", "dag_outside"):
+    if name in ("dag", "mlp", "dag_ungated", "dag_outside"):
         outputs = [model(tokens, tokens) for model in models]
         assert (outputs[0].logits - outputs[1].logits).abs().max() <= 1e-5
         outputs[1].loss.backward()
         assert all(weight.grad.abs().max() > 0 for weight in w_up), "it must not stay the sum"
+    torch.manual_seed(6)
+    assert not torch.equal(GPT(models[1].config).embed.weight, models[1].embed.weight), "another seed, another model"
 
 
+@pytest.mark.parametrize("changes", [{}, {"shared_dim": 12}, {"dag_depth": 3}, {"tie_embeddings": False}], ids=str)
 @pytest.mark.parametrize("name", ["sum", "dag", *BASELINES])
-def test_cost_is_what_is_counted(name):
-    """GPT.cost() says as many multiply-adds as torch counts; the aggregator's are those that sum does not have."""
-    for shared_dim in (0, 12):
-        config = tiny_config(aggregator=name, top_k=4, shared_dim=shared_dim)
-        by_formula, of_sum = GPT(config).cost(), GPT(dataclasses.replace(config, aggregator="sum")).cost()
-        counted = cost.count_multiply_adds(GPT(config), torch.zeros(1, 16, dtype=torch.long))
-        beyond_sum = {"coe": 512, "dense": -512}.get(name, by_formula["aggregator"])  # a router more, a router less
-        assert by_formula["multiply_adds"] == counted == of_sum["multiply_adds"] + beyond_sum
+def test_cost_is_what_is_counted(name, changes):
+    """Parameters are those that are there, multiply-adds what torch counts; the aggregator's are what sum has not."""
+    config = tiny_config(aggregator=name, top_k=4, **changes)
+    model, of_sum = GPT(config), GPT(dataclasses.replace(config, aggregator="sum")).cost()
+    by_formula, counted = model.cost(), cost.count_multiply_adds(model, torch.zeros(1, 16, dtype=torch.long))
+    assert by_formula["parameters"] == sum(p.numel() for p in model.parameters())
+    stacked = sum(p.numel() for key, p in model.named_parameters() if ".experts." in key)
+    assert by_formula["active"] == by_formula["parameters"] - stacked // 2
+    assert by_formula["multiply_adds"] == counted
+    beyond_sum = {"coe": 512, "dense": -512}.get(name, by_formula["aggregator"])  # a router more, a router less
+    assert name == "series" or counted == of_sum["multiply_adds"] + beyond_sum
+    assert (by_formula["aggregator"] > 0) == (name == "mlp" or name.startswith("dag"))
 
 
 def config_of(*arguments) -> ModelConfig:

@@ -256,7 +256,9 @@ def test_statistics_equal_a_plain_loop(save, call, corpus, monkeypatch):
     assert f"{row.gate:6.3f} ± {row.spread:.3f}" in call(graph, save(model), "--dataset=tiny", "--tokens=1600")[1]
     assert Path("dag-tiny.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert call(graph, "model.pt", "--dataset=tiny")[2].endswith("no picture: pip install matplotlib\n")
+    assert call(graph, "model.pt", "--dataset=tiny")[2].endswith(
+        "error: the picture needs matplotlib: pip install matplotlib\n"
+    )
 
 
 def test_bad_input_is_refused(save, refused):

@@ -1,0 +1,250 @@
+"""Several steps in one layer: a task that needs them, and what one layer makes of it with each way to combine experts.
+
+    python -m lab.trees                   # sum, dag and two MoEs in series, once each: some minutes on one core
+    python -m lab.trees --full [ARM ...]  # what is missing of the whole table in lab/results/trees.csv: many hours
+    python -m lab.trees --plot FILE.png   # what that file holds, as a table and a picture
+
+A tree of fixed random tables: 2^depth leaves of V values, and at each inner node its own table, V x V → V, in which
+all values are equally frequent. The model reads a token per leaf and "=", and answers with the value at the root. Its
+only attention can gather the leaves; to work off `depth` tables, one after the other, is left to its only MoE.
+"""
+
+import argparse
+import csv
+import math
+import time
+import tomllib
+from pathlib import Path
+from statistics import fmean, median
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm, trange
+
+import lab.baselines  # noqa: F401  series, mlp, coe, dense, dag_ungated
+from lab.compare import half_width, new_figure, read_rows, save_png
+from lab.graph import read_off
+from model import GPT, ModelConfig, rope_table, rotate
+from prepare import Parser, run
+from train import TrainConfig, learning_rate, make_optimizer
+
+RESULTS = Path(__file__).parent / "results/trees.csv"
+ARMS = tomllib.loads(Path(__file__).with_name("configs").joinpath("trees.toml").read_text(encoding="utf-8"))
+BASE = ARMS.pop("base")
+MAIN = list(ARMS)[:8]
+VALUES, BATCH = 6, 256  # V; trees per step
+POINTS, EVALUATED, PROBED = 20, 4096, 12_288  # evaluations of a trial, evenly spaced; trees in each; trees to read off
+RATES = (1.5e-3, 3e-3, 6e-3)  # each arm gets the one that serves it best
+DEPTHS = ("sum", "series", "dag1_silu", "dag2_silu", "dag3_silu", "dag4_silu")  # trees of other depths for these
+QUICK = {"sum": 6e-3, "dag2_silu": 1.5e-3, "series": 1.5e-3}  # arms of the short demonstration, and their rates
+
+
+class Trial(NamedTuple):
+    """One training: the six values that determine it, and once it is done what became of it. A row of the CSV file."""
+
+    arm: str
+    depth: int = 3  # of the tree
+    draw: int = 1  # of its tables
+    seed: int = 1  # of first weights and data
+    steps: int = 12_000
+    rate: float = 3e-3  # highest learning rate
+    parameters: int = 0  # of the feed-forward half
+    multiply_adds: int = 0  # of it, per token
+    seconds: float = 0.0  # CPU time of its one thread
+    accuracy: float = 0.0
+    curve: str = ""  # accuracies at POINTS evenly spaced steps; the last is the accuracy
+    probe: str = ""  # of a graph: rows of read_off, joined by |
+
+
+def make_tables(depth: int, draw: int) -> list[Tensor]:
+    """For each level from the leaves up: the tables of its nodes (nodes, V, V), each value V times in a table."""
+    rng = np.random.default_rng((draw, depth))
+    balanced = np.arange(VALUES**2) % VALUES
+    levels = [[rng.permutation(balanced) for _ in range(2**level)] for level in reversed(range(depth))]
+    return [torch.from_numpy(np.stack(tables)).view(-1, VALUES, VALUES) for tables in levels]
+
+
+def draw_trees(tables: list[Tensor], count: int, generator: torch.Generator) -> tuple[Tensor, list[Tensor]]:
+    """Tokens (count, 2^depth + 1) of random leaves and "=", and values (count, nodes) at each level, leaves first."""
+    levels = [torch.randint(VALUES, (count, 2 * len(tables[0])), generator=generator)]
+    for table in tables:
+        left, right = levels[-1][:, 0::2], levels[-1][:, 1::2]
+        levels.append(table[torch.arange(len(table)), left, right])
+    n = levels[0].shape[1]
+    tokens = VALUES * torch.arange(n) + levels[0]  # that tell each leaf's place, so that attention can gather them
+    return F.pad(tokens, (0, 1), value=VALUES * n), levels
+
+
+def make_model(trial: Trial) -> GPT:
+    """An untrained model. Those of one seed share the first weights of what they have in common."""
+    torch.manual_seed(trial.seed)
+    n = 2**trial.depth
+    return GPT(ModelConfig(vocab_size=VALUES * n + 1, block_size=n + 1, **BASE | ARMS[trial.arm]))
+
+
+def answer(model: GPT, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens (B, T) → logits (B, vocab_size) at the last one, its router's balance loss and z-loss.
+
+    As GPT.forward has them, in a sixth of the time: only the last token goes through the MoE; and as a token has one
+    place, and "=" is always the last, one query is enough, and one key and value for each token of the vocabulary.
+    """
+    block, attention, vocab_size = model.blocks[0], model.blocks[0].attention, model.config.vocab_size
+    rope = rope_table(torch.arange(vocab_size) // VALUES, attention.head_dim, model.config.rope_theta)
+    x = block.norm(model.embed.weight)  # (vocab_size, C)
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    q, k, v = (project(x).unflatten(1, (-1, attention.head_dim)).transpose(0, 1) for project in projections)
+    score = rotate(q, rope)[:, -1:] @ rotate(k, rope).mT / attention.head_dim**0.5  # (heads, 1, vocab_size)
+    present = torch.zeros(len(tokens), vocab_size, dtype=torch.bool).scatter(1, tokens, True)
+    weight = score.masked_fill(~present, -math.inf).softmax(dim=-1)  # (heads, B, vocab_size)
+    h = model.embed.weight[-1] + attention.o_proj((weight @ v).transpose(0, 1).flatten(1))  # (B, C)
+    h, (balance, z, _) = block.moe(h.unsqueeze(1))
+    return model.head(model.norm(h)).squeeze(1), balance, z
+
+
+def train_trial(trial: Trial) -> Trial:
+    """Train on fresh draws, evaluate on others. Returns the trial with what became of it."""
+    model, tables = make_model(trial), make_tables(trial.depth, trial.draw)
+    generator = torch.Generator().manual_seed(1000 * trial.draw + trial.seed)
+    config = TrainConfig(learning_rate=trial.rate, min_lr=trial.rate / 10, warmup_steps=200, max_steps=trial.steps)
+    optimizer = make_optimizer(model, config)
+    curve, began = [], time.process_time()
+    for step in trange(trial.steps, desc=f"{trial.arm}, seed {trial.seed}", unit="step", mininterval=1, leave=False):
+        tokens, levels = draw_trees(tables, BATCH, generator)
+        logits, balance, z = answer(model, tokens)
+        loss = F.cross_entropy(logits, levels[-1].squeeze(1))
+        (loss + config.balance_coef * balance + config.z_coef * z).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) * POINTS % trial.steps < POINTS:
+            tokens, levels = draw_trees(tables, EVALUATED, torch.Generator().manual_seed(0))
+            with torch.no_grad():
+                guess = answer(model, tokens)[0].argmax(dim=-1, keepdim=True)
+            curve.append((guess == levels[-1]).float().mean().item())
+    seconds = round(time.process_time() - began, 1)
+    c = model.config
+    around = 4 * c.n_embd**2 + 2 * c.block_size * c.n_embd + c.n_embd * c.vocab_size  # attention and the output head
+    trees = draw_trees(tables, PROBED, torch.Generator().manual_seed(0))
+    rows = read_off(model, *trees, VALUES) if "dag" in c.aggregator else []
+    return trial._replace(
+        parameters=sum(weight.numel() for weight in model.blocks[0].moe.parameters()),
+        multiply_adds=model.cost()["multiply_adds"] - around,
+        seconds=seconds,
+        accuracy=curve[-1],
+        curve=" ".join(f"{share:.4f}" for share in curve),
+        probe="|".join(" ".join(f"{share:.4f}" for share in row) for row in rows),
+    )
+
+
+def read_trials() -> list[Trial]:
+    """The rows of lab/results/trees.csv. Raises ValueError."""
+    rows, kinds = read_rows(RESULTS) if RESULTS.exists() else [], Trial.__annotations__
+    try:
+        return [Trial(**{name: kinds[name](text) for name, text in row.items()}) for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{RESULTS}: a row is not as this program writes it ({error!r:.100}); remove it") from error
+
+
+def run_missing(trials: list[Trial]) -> None:
+    """Run those that are not in lab/results/trees.csv yet, and add a row for each when it is done."""
+    done = {trial[:6] for trial in read_trials()}
+    for trial in tqdm([trial for trial in trials if trial[:6] not in done], unit="trial", leave=False):
+        trial = train_trial(trial)
+        with RESULTS.open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows([trial] if file.tell() else [Trial._fields, trial])
+
+
+def run_arm(arm: str) -> None:
+    """Choose an arm's rate on tables of their own, draw 0; then run all other trials with it."""
+    run_missing([Trial(arm, draw=0, seed=seed, rate=rate) for rate in RATES for seed in (1, 2)])
+    found = [trial for trial in read_trials() if trial.arm == arm and trial.draw == 0]
+    rate = max(RATES, key=lambda rate: fmean(trial.accuracy for trial in found if trial.rate == rate))
+    seeds = range(1, 6) if arm in MAIN else [1]
+    trials = [Trial(arm, draw=draw, seed=seed, rate=rate) for draw in (1, 2, 3) for seed in seeds]
+    if arm in MAIN:
+        long = (40_000, 64_000) if arm == "sum" else (40_000,)  # sum takes as long for 64,000 as dag2 for 40,000
+        trials += [Trial(arm, seed=seed, steps=steps, rate=rate) for steps in long for seed in (1, 2)]
+    if arm in DEPTHS:
+        trials += [Trial(arm, depth=depth, seed=seed, rate=rate) for depth in (2, 4) for seed in (1, 2, 3)]
+    run_missing(trials)
+
+
+def by_arm(trials: list[Trial], depth: int, steps: int) -> dict[str, list[Trial]]:
+    """Those with trees of this depth and so many steps, without the ones that chose the rates."""
+    arms = {arm: [t for t in trials if (t.arm, t.depth, t.steps) == (arm, depth, steps) and t.draw > 0] for arm in ARMS}
+    return {arm: found for arm, found in arms.items() if found}
+
+
+def mean_probe(trials: list[Trial]) -> np.ndarray:
+    """What is read off the leaves, and off the nodes at each depth (L + 2, levels): the mean of one arm's trials."""
+    return np.array([[row.split() for row in trial.probe.split("|")] for trial in trials], dtype=float).mean(axis=0)
+
+
+def print_table(trials: list[Trial]) -> None:
+    """For each depth of the tree and number of steps: a row per arm, ± half of 95 % intervals, and what nodes hold."""
+    for depth, steps in sorted({(trial.depth, trial.steps) for trial in trials}):
+        arms = by_arm(trials, depth, steps)
+        of_sum = {trial[2:4]: trial.accuracy for trial in arms.get("sum", [])}
+        print(f"depth {depth}, {steps:,} steps: parameters, multiply-adds, rate, trials, accuracy, less sum's, seconds")
+        for arm, found in arms.items():
+            shares = [trial.accuracy for trial in found]
+            gaps = [trial.accuracy - of_sum[trial[2:4]] for trial in found if trial[2:4] in of_sum] or [math.nan]
+            print(
+                f"{arm:16}{found[0].parameters:9,}{found[0].multiply_adds:9,}{found[0].rate:8g}{len(found):4}"
+                f"{fmean(shares):8.3f} ± {half_width(shares):.3f}{fmean(gaps):+9.3f} ± {half_width(gaps):.3f}"
+                f"{median(trial.seconds for trial in found):7.0f}"
+            )
+        for arm, found in arms.items():
+            if found[0].probe:
+                print(f"{arm:16}leaves, nodes by depth; by level:", *mean_probe(found).round(2).tolist())
+
+
+def draw(path: Path, trials: list[Trial]) -> None:
+    """Accuracy against steps, compute and time, and what can be read off dag2's nodes, as PNG. Raises ValueError."""
+    figure = new_figure(13, 9)
+    *curves, nodes = figure.subplots(2, 2).flat
+    for steps, line in ((12_000, "-"), (40_000, ":")):
+        for arm, found in by_arm(trials, 3, steps).items():
+            share = np.array([trial.curve.split() for trial in found], dtype=float).mean(axis=0)
+            scales = {
+                "steps": steps,
+                "10¹² multiply-adds in the MoE, with gradients": 3e-12 * steps * BATCH * found[0].multiply_adds,
+                "seconds on one thread": median(trial.seconds for trial in found),
+            }
+            for axis, (label, end) in zip(curves, scales.items(), strict=True):
+                at, color = np.arange(1, POINTS + 1) / POINTS * end, f"C{list(ARMS).index(arm)}"
+                axis.plot(at, share, line, color=color, label=arm if line == "-" else None)
+                axis.set(xlabel=label, ylabel="accuracy")
+    curves[0].legend(fontsize="small", ncols=2)
+    rows = mean_probe(by_arm(trials, 3, 40_000)["dag2_silu"])
+    nodes.imshow(rows, vmin=1 / VALUES, vmax=1, cmap="Blues")
+    for (i, j), share in np.ndenumerate(rows):
+        nodes.text(j, i, f"{share:.2f}", ha="center", va="center")
+    nodes.set(yticks=range(len(rows)), yticklabels=["leaves", *(f"nodes, depth {i}" for i in range(len(rows) - 1))])
+    nodes.set(xticks=range(3), xticklabels=["level 1", "level 2", "root"], title="read off dag2's nodes: share right")
+    save_png(path, figure)
+
+
+def main() -> None:
+    parser = Parser(prog="-m lab.trees", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", nargs="*", metavar="ARM", choices=ARMS, help="the whole table (of these arms only)")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="what has been found so far")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.full is not None:
+        for arm in args.full or ARMS:
+            run_arm(arm)
+    if args.full is None and not args.plot:
+        return print_table([train_trial(Trial(arm, steps=8_000, rate=rate)) for arm, rate in QUICK.items()])
+    print_table(read_trials())
+    if args.plot:
+        draw(args.plot, read_trials())
+
+
+if __name__ == "__main__":
+    run(main)
