@@ -14,11 +14,7 @@ from tests import reference
 from tests.conftest import REPOSITORY
 from tests.reference import assert_same, plain_dag, randomize, results_and_gradients, rms_norm, tiny_config
 
-KINDS = {
-    "sum": {"aggregator": "sum"},
-    "dag": {"aggregator": "dag"},
-    "dag+shared": {"aggregator": "dag", "shared_dim": 8},
-}
+KINDS = {"sum": {"aggregator": "sum"}, "dag": {}, "dag+shared": {"shared_dim": 8}}
 ALL = pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
 
 
