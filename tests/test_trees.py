@@ -81,7 +81,7 @@ def test_the_best_rate_is_chosen_on_other_tables(monkeypatch):
     luck = dict(zip(RATES, ((0.5, 0.5), (0.6, 0.6), (0.9, 0.2)), strict=True))
     monkeypatch.setattr(trees, "RESULTS", Path("trees.csv"))
     monkeypatch.setattr(trees, "train_trial", lambda t: t._replace(accuracy=1 if t.draw else luck[t.rate][t.seed % 2]))
-    trees.run_missing([Trial("sum", rate=RATES[0])])  # which has no say
+    trees.run_missing([Trial("sum", rate=RATES[2])])  # which has no say
     trees.run_arm("sum")
     rest = [trial for trial in trees.read_trials()[1:] if trial.draw > 0]
     assert {trial.rate for trial in rest} == {RATES[1]} and len(rest) == 15 + 2 + 2 + 6
@@ -97,10 +97,11 @@ def test_table_and_picture(monkeypatch, call):
     rows += [Trial("sum", seed=s, accuracy=s / 10, **of) for s in (3, 2)] + [Trial("sum", draw=0, accuracy=0.1, **of)]
     trees.run_missing([*rows, Trial("dag2_silu", steps=40_000, probe=probe, **of)])
     status, out, _ = call(trees, "--plot=a.png")
+    assert [line.split()[0] for line in call(trees)[1].splitlines()] == ["depth", "sum", "series", "dag2_silu"]
     assert status == 0 and Path("a.png").read_bytes().startswith(b"\x89PNG")
     assert [" ".join(line.split()) for line in out.splitlines()[1:4]] == [
-        "sum 7 9 0.003 2 0.250 ± 0.635 +0.000 ± 0.000 0",
-        "dag2_silu 7 9 0.003 2 0.950 ± 0.635 +0.800 ± nan 0",
+        "sum 7 9 0.0015 2 0.250 ± 0.635 +0.000 ± 0.000 0",
+        "dag2_silu 7 9 0.0015 2 0.950 ± 0.635 +0.800 ± nan 0",
         "dag2_silu leaves, nodes by depth; by level: [0.1, 0.2, 0.3] [0.4, 0.5, 0.6] [0.7, 0.8, 0.9] [1.0, 1.0, 1.0]",
     ]
 
