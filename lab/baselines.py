@@ -7,10 +7,10 @@
     series        two MoEs, one after the other, without an attention between them
     dense         no experts: one SwiGLU of hidden size K·H
     dag_ungated   without Eq. 9: every edge is open
+    dag_self      without messages: of all edges only those from a node to itself
     dag_full      all of h in every node of Eq. 6, where the paper has h / K
     dag_none      nothing of h in the nodes, so that the layer has no residual connection
     dag_outside   nothing of h in the nodes; h is added to what comes out of the graph
-    dag_up        W_up of Eq. 11 does not start at zero
 
 Importing this module is enough to know them. Names of parameters are chosen so that GPT.cost() stays right: what works
 on each of the K nodes is in `aggregate.layers`, what is beside the selected experts is not in `experts`.
@@ -70,8 +70,7 @@ class Series(MoE):
 class ChainOfExperts(Series):
     """A series of two rounds with the same experts, K/2 each, and a router per round (arXiv 2506.18945).
 
-    Departure: the norm is applied anew in each round, with the same weights, where the original passes on the
-    normalised state. Raises ValueError unless K is even.
+    Departure: the norm is applied anew in each round, not passed on. Raises ValueError unless K is even.
     """
 
     def __init__(self, config: ModelConfig):
@@ -112,12 +111,30 @@ class UngatedLayer(DAGLayer):
         return torch.ones_like(m), m
 
 
+class SelfLayer(DAGLayer):
+    """One depth of the graph whose nodes hear nothing of each other: e_ij = 0 unless i = j."""
+
+    def edges(self, node: Tensor) -> tuple[Tensor, Tensor]:
+        """node (S, K, C) → gates and messages, both (S, K, K, D)."""
+        e, m = super().edges(node)
+        itself = torch.eye(node.shape[1]).to(m).unsqueeze(-1)  # (K, K, 1)
+        return e * itself, m * itself
+
+
 class UngatedDAG(DAGAggregator):
     """The graph with every edge open."""
 
+    layer = UngatedLayer
+
     def __init__(self, config: ModelConfig):
         super().__init__(config)
-        self.layers = nn.ModuleList(UngatedLayer(config) for _ in range(config.dag_depth))
+        self.layers = nn.ModuleList(self.layer(config) for _ in range(config.dag_depth))
+
+
+class SelfDAG(UngatedDAG):
+    """The graph without its messages: L gated networks, one after the other, on each node by itself."""
+
+    layer = SelfLayer
 
 
 class FullDAG(DAGAggregator):
@@ -144,25 +161,16 @@ class OutsideDAG(BareDAG):
         return h + super().forward(h, out, gate)
 
 
-class OpenDAG(DAGAggregator):
-    """W_up begins as small as all else that writes into the residual stream, and not at zero."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__(config)
-        for layer in self.layers:
-            layer.w_up.weight.init_scale = (2 * config.n_layer) ** -0.5
-
-
 FEED_FORWARD.update(
     mlp=partial(MoE, MLPMixing),
     coe=ChainOfExperts,
     series=Series,
     dense=Dense,
     dag_ungated=partial(MoE, UngatedDAG),
+    dag_self=partial(MoE, SelfDAG),
     dag_full=partial(MoE, FullDAG),
     dag_none=partial(MoE, BareDAG),
     dag_outside=partial(MoE, OutsideDAG),
-    dag_up=partial(MoE, OpenDAG),
 )
 
 if __name__ == "__main__":

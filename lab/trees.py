@@ -5,8 +5,8 @@
     python -m lab.trees --plot FILE.png   # what that file holds, as a table and a picture
 
 A tree of fixed random tables: 2^depth leaves of V values, and at each inner node its own table, V x V → V, in which
-all values are equally frequent. The model reads a token per leaf and "=", and answers with the value at the root. Its
-only attention can gather the leaves; to work off `depth` tables, one after the other, is left to its only MoE.
+all values are equally frequent. The model reads a token per leaf and "=", and answers with the value at the root. What
+its only attention gathers is then worked off by its only MoE, most easily in `depth` steps, one after the other.
 """
 
 import argparse
@@ -26,20 +26,19 @@ from tqdm import tqdm, trange
 
 import lab.baselines  # noqa: F401  series, mlp, coe, dense, dag_ungated
 from lab.compare import half_width, new_figure, read_rows, save_png
+from lab.cost import count_multiply_adds
 from lab.graph import read_off
 from model import GPT, ModelConfig, rope_table, rotate
-from prepare import Parser, run
+from prepare import Parser, require, run
 from train import TrainConfig, learning_rate, make_optimizer
 
 RESULTS = Path(__file__).parent / "results/trees.csv"
 ARMS = tomllib.loads(Path(__file__).with_name("configs").joinpath("trees.toml").read_text(encoding="utf-8"))
 BASE = ARMS.pop("base")
 MAIN = list(ARMS)[:8]
-VALUES, BATCH = 6, 256  # V; trees per step
-POINTS, EVALUATED, PROBED = 20, 4096, 12_288  # evaluations of a trial, evenly spaced; trees in each; trees to read off
+VALUES, BATCH, POINTS, PROBED = 6, 256, 20, 12_288  # V; trees per step; evaluations of a trial; trees to read off
 RATES = (1.5e-3, 3e-3, 6e-3)  # each arm gets the one that serves it best
 DEPTHS = ("sum", "series", "dag1_silu", "dag2_silu", "dag3_silu", "dag4_silu")  # trees of other depths for these
-QUICK = ("sum", "dag2_silu", "series")  # arms of the short demonstration
 
 
 class Trial(NamedTuple):
@@ -55,15 +54,15 @@ class Trial(NamedTuple):
     multiply_adds: int = 0  # of it, per token
     seconds: float = 0.0  # CPU time of its one thread
     accuracy: float = 0.0
-    curve: str = ""  # accuracies at POINTS evenly spaced steps; the last is the accuracy
     probe: str = ""  # of a graph: rows of read_off, joined by |
+    curve: str = ""  # accuracies at POINTS evenly spaced steps; the last is the accuracy
 
 
 def make_tables(depth: int, draw: int) -> list[Tensor]:
     """For each level from the leaves up: the tables of its nodes (nodes, V, V), each value V times in a table."""
     rng = np.random.default_rng((draw, depth))
-    balanced = np.arange(VALUES**2) % VALUES
-    levels = [[rng.permutation(balanced) for _ in range(2**level)] for level in reversed(range(depth))]
+    values = np.arange(VALUES**2) % VALUES
+    levels = [[rng.permutation(values) for _ in range(2**level)] for level in reversed(range(depth))]
     return [torch.from_numpy(np.stack(tables)).view(-1, VALUES, VALUES) for tables in levels]
 
 
@@ -122,18 +121,16 @@ def train_trial(trial: Trial) -> Trial:
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) * POINTS % trial.steps < POINTS:
-            tokens, levels = draw_trees(tables, EVALUATED, torch.Generator().manual_seed(0))
+            tokens, levels = draw_trees(tables, 4096, torch.Generator().manual_seed(0))
             with torch.no_grad():
                 guess = answer(model, tokens)[0].argmax(dim=-1, keepdim=True)
             curve.append((guess == levels[-1]).float().mean().item())
     seconds = round(time.process_time() - began, 1)
-    c = model.config
-    around = 4 * c.n_embd**2 + 2 * c.block_size * c.n_embd + c.n_embd * c.vocab_size  # attention and the output head
-    trees = draw_trees(tables, PROBED, torch.Generator().manual_seed(0))
-    rows = read_off(model, *trees, VALUES) if "dag" in c.aggregator else []
+    moe, trees = model.blocks[0].moe, draw_trees(tables, PROBED, torch.Generator().manual_seed(0))
+    rows = read_off(model, *trees, VALUES) if "dag" in model.config.aggregator else []
     return trial._replace(
-        parameters=sum(weight.numel() for weight in model.blocks[0].moe.parameters()),
-        multiply_adds=model.cost()["multiply_adds"] - around,
+        parameters=sum(weight.numel() for weight in moe.parameters()),
+        multiply_adds=count_multiply_adds(moe, torch.zeros(1, 1, model.config.n_embd, dtype=torch.float64)),
         seconds=seconds,
         accuracy=curve[-1],
         curve=" ".join(f"{share:.4f}" for share in curve),
@@ -142,12 +139,14 @@ def train_trial(trial: Trial) -> Trial:
 
 
 def read_trials() -> list[Trial]:
-    """The rows of lab/results/trees.csv. Raises ValueError."""
-    rows, kinds = read_rows(RESULTS) if RESULTS.exists() else [], Trial.__annotations__
-    try:
-        return [Trial(**{name: kinds[name](text) for name, text in row.items()}) for row in rows]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{RESULTS}: a row is not as this program writes it ({error!r:.100}); remove it") from error
+    """The rows of lab/results/trees.csv, the last one of each trial. Raises ValueError."""
+    rows, kinds, trials = read_rows(RESULTS) if RESULTS.exists() else [], Trial.__annotations__, {}
+    for number, row in enumerate(rows, start=2):
+        whole = len((row.get("curve") or "").split()) == POINTS and None not in row.values()
+        require(whole and row.keys() == kinds.keys(), f"{RESULTS}, line {number}: not a whole row; remove it")
+        trial = Trial(**{name: kind(row[name]) for name, kind in kinds.items()})
+        trials[trial[:6]] = trial  # by what determines it
+    return list(trials.values())
 
 
 def run_missing(trials: list[Trial]) -> None:
@@ -164,20 +163,20 @@ def run_arm(arm: str) -> None:
     run_missing([Trial(arm, draw=0, seed=seed, rate=rate) for rate in RATES for seed in (1, 2)])
     found = [trial for trial in read_trials() if trial.arm == arm and trial.draw == 0]
     rate = max(RATES, key=lambda rate: fmean(trial.accuracy for trial in found if trial.rate == rate))
-    seeds = range(1, 6) if arm in MAIN else [1]
-    trials = [Trial(arm, draw=draw, seed=seed, rate=rate) for draw in (1, 2, 3) for seed in seeds]
+    trials = [Trial(arm, draw=d, seed=s, rate=rate) for d in (1, 2, 3) for s in range(1, 6 if arm in MAIN else 2)]
     if arm in MAIN:
         long = (40_000, 64_000) if arm == "sum" else (40_000,)  # sum takes as long for 64,000 as dag2 for 40,000
         trials += [Trial(arm, seed=seed, steps=steps, rate=rate) for steps in long for seed in (1, 2)]
     if arm in DEPTHS:
         trials += [Trial(arm, depth=depth, seed=seed, rate=rate) for depth in (2, 4) for seed in (1, 2, 3)]
+        trials += [Trial(arm, steps=20, rate=rate)]  # hardly trained: what can be read off random nodes
     run_missing(trials)
 
 
 def by_arm(trials: list[Trial], depth: int, steps: int) -> dict[str, list[Trial]]:
     """Those with trees of this depth and so many steps, without the ones that chose the rates."""
-    arms = {arm: [t for t in trials if (t.arm, t.depth, t.steps) == (arm, depth, steps) and t.draw > 0] for arm in ARMS}
-    return {arm: found for arm, found in arms.items() if found}
+    group = [t for t in trials if t.draw > 0 and (t.depth, t.steps) == (depth, steps)]
+    return {arm: [t for t in group if t.arm == arm] for arm in ARMS if any(t.arm == arm for t in group)}
 
 
 def mean_probe(trials: list[Trial]) -> np.ndarray:
@@ -186,18 +185,19 @@ def mean_probe(trials: list[Trial]) -> np.ndarray:
 
 
 def print_table(trials: list[Trial]) -> None:
-    """For each depth of the tree and number of steps: a row per arm, ± half of 95 % intervals, and what nodes hold."""
+    """For each depth of the tree and number of steps a row per arm, and what can be read off the nodes of graphs."""
+    print("parameters, multiply-adds, rate, trials, accuracy, less sum's, worst, seconds; ± half of 95 % intervals")
     for depth, steps in sorted({(trial.depth, trial.steps) for trial in trials}):
         arms = by_arm(trials, depth, steps)
         of_sum = {trial[2:4]: trial.accuracy for trial in arms.get("sum", [])}
-        print(f"depth {depth}, {steps:,} steps: parameters, multiply-adds, rate, trials, accuracy, less sum's, seconds")
+        print(f"trees of depth {depth}, {steps:,} steps")
         for arm, found in arms.items():
             shares = [trial.accuracy for trial in found]
             gaps = [trial.accuracy - of_sum[trial[2:4]] for trial in found if trial[2:4] in of_sum] or [math.nan]
             print(
                 f"{arm:16}{found[0].parameters:9,}{found[0].multiply_adds:9,}{found[0].rate:8g}{len(found):4}"
                 f"{fmean(shares):8.3f} ± {half_width(shares):.3f}{fmean(gaps):+9.3f} ± {half_width(gaps):.3f}"
-                f"{median(trial.seconds for trial in found):7.0f}"
+                f"{min(shares):8.3f}{median(trial.seconds for trial in found):7.0f}"
             )
         for arm, found in arms.items():
             if found[0].probe:
@@ -209,7 +209,7 @@ def draw(path: Path, trials: list[Trial]) -> None:
     figure = new_figure(13, 9)
     *curves, nodes = figure.subplots(2, 2).flat
     for steps, line in ((12_000, "-"), (40_000, ":")):
-        for arm, found in by_arm(trials, 3, steps).items():
+        for arm, found in by_arm([t for t in trials if t.arm in MAIN], 3, steps).items():
             share = np.array([trial.curve.split() for trial in found], dtype=float).mean(axis=0)
             scales = {
                 "steps": steps,
@@ -217,16 +217,16 @@ def draw(path: Path, trials: list[Trial]) -> None:
                 "seconds on one thread": median(trial.seconds for trial in found),
             }
             for axis, (label, end) in zip(curves, scales.items(), strict=True):
-                at, color = np.arange(1, POINTS + 1) / POINTS * end, f"C{list(ARMS).index(arm)}"
+                at, color = np.arange(1, POINTS + 1) / POINTS * end, f"C{MAIN.index(arm)}"
                 axis.plot(at, share, line, color=color, label=arm if line == "-" else None)
                 axis.set(xlabel=label, ylabel="accuracy")
     curves[0].legend(fontsize="small", ncols=2)
-    rows = mean_probe(by_arm(trials, 3, 40_000)["dag2_silu"])
-    nodes.imshow(rows, vmin=1 / VALUES, vmax=1, cmap="Blues")
-    for (i, j), share in np.ndenumerate(rows):
-        nodes.text(j, i, f"{share:.2f}", ha="center", va="center")
-    nodes.set(yticks=range(len(rows)), yticklabels=["leaves", *(f"nodes, depth {i}" for i in range(len(rows) - 1))])
-    nodes.set(xticks=range(3), xticklabels=["level 1", "level 2", "root"], title="read off dag2's nodes: share right")
+    for found in by_arm([t for t in trials if t.arm == "dag2_silu"], 3, 12_000).values():
+        nodes.imshow(mean_probe(found), vmin=1 / VALUES, vmax=1, cmap="Blues", aspect="auto")
+        for (i, j), share in np.ndenumerate(mean_probe(found)):
+            nodes.text(j, i, f"{share:.2f}", ha="center", va="center")
+    nodes.set(xticks=range(3), xticklabels=["level 1", "level 2", "root"], title="share read off right, dag2_silu")
+    nodes.set(yticks=range(4), yticklabels=["leaves", "nodes before the graph", "after depth 1", "after depth 2"])
     save_png(path, figure)
 
 
@@ -236,11 +236,10 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="what has been found so far")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.full is not None:
-        for arm in args.full or ARMS:
-            run_arm(arm)
     if args.full is None and not args.plot:
-        return print_table([train_trial(Trial(arm, steps=8_000)) for arm in QUICK])
+        return print_table([train_trial(Trial(arm, steps=8_000)) for arm in ("sum", "dag2_silu", "series")])
+    for arm in ARMS if args.full == [] else args.full or []:
+        run_arm(arm)
     print_table(read_trials())
     if args.plot:
         draw(args.plot, read_trials())

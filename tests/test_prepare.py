@@ -413,15 +413,11 @@ def test_killed_at_any_moment(workdir):
     assert prepare.prepare(["text"], name="killed", encoding="bytes", seed=2) == new
 
 
-def test_printable():
-    """Control characters are shown, not sent; everything else, newline and tab stay."""
-    assert prepare.visible("a\x1b[1m\x07\r\x7f\x9b\x00\x0b") == r"a\x1b[1m\x07\x0d\x7f\x9b\x00\x0b"
-    assert prepare.visible("tab\tnewline\n é 日 😀 \xa0") == "tab\tnewline\n é 日 😀 \xa0"
-
-
 @pytest.mark.parametrize(("redirection", "status"), [("| false", 1), (">&-", 0), (">&- 2>&-", 0), ("2>&-", 0)])
 def test_output_that_nobody_reads(workdir, redirection, status):
-    """A closed stdout or stderr, a pipe without a reader, a terminal of ASCII only: no traceback, all is made."""
+    """A closed stdout or stderr, a pipe without a reader, a terminal of ASCII only: no traceback, nor controls."""
+    assert prepare.visible("a\x1b[1m\x07\r\x7f\x9b\x00\x0b") == r"a\x1b[1m\x07\x0d\x7f\x9b\x00\x0b"
+    assert prepare.visible("tab\tnewline\n é 日 😀 \xa0") == "tab\tnewline\n é 日 😀 \xa0"
     make_corpus(workdir / "日本")
     command = f"PYTHONUNBUFFERED= {sys.executable} {prepare.__file__} 日本 --encoding=bytes --name=x {redirection}"
     command += "; exit ${PIPESTATUS[0]}"

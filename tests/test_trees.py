@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lab import cost, graph, trees
+from lab import graph, trees
 from lab.trees import ARMS, RATES, Trial
 from tests.reference import assert_same, randomize
+
+trees.PROBED = 300  # trees are enough here
 
 
 def test_trees_are_what_their_tables_say(depth=3):
@@ -58,59 +60,79 @@ def test_arms_are_fair():
         assert abs(costs[arm][name] - costs["dag2_silu"][name]) <= 0.02 * in_moe
 
 
+def test_a_trial_learns_and_is_determined_by_its_settings(monkeypatch):
+    """One table is learned in no time; another rate, seed, draw or arm gives another curve; arms see the same trees."""
+    assert trees.train_trial(Trial("sum", depth=1, steps=250, rate=6e-3)).accuracy > 0.9
+    seen, answer = [], trees.answer
+    monkeypatch.setattr(trees, "answer", lambda model, tokens: seen.append(tokens) or answer(model, tokens))
+    trials = [Trial("sum", steps=40, **change) for change in ({}, {"rate": 6e-3}, {"seed": 2}, {"draw": 2}, {})]
+    curves = [trees.train_trial(trial).curve for trial in [*trials, Trial("dag2_silu", steps=40)]]
+    assert len(set(curves)) == 5 and curves[0] == curves[4]
+    assert all(torch.equal(tokens, others) for tokens, others in zip(seen[:60], seen[-60:], strict=True))
+
+
 def test_trials_are_added_and_not_repeated(monkeypatch, refused):
     """A row of the file is what training returned; started again, nothing is trained twice; a damaged row is named."""
-    monkeypatch.setattr(trees, "RESULTS", Path("trees.csv"))
-    monkeypatch.setattr(trees, "PROBED", 300)
+    monkeypatch.setattr(trees, "RESULTS", results := Path("trees.csv"))
     trials = [Trial(arm, steps=40) for arm in ("sum", "dag2_silu")]
-    for some in (trials[:1], trials):
-        trees.run_missing(some)
+    trees.run_missing(trials[:1])
+    trees.run_missing(trials)
     rows = trees.read_trials()
     assert [row[:6] for row in rows] == [trial[:6] for trial in trials]
     assert trees.train_trial(trials[1])._replace(seconds=rows[1].seconds) == rows[1]
-    moe, h = trees.make_model(trials[1]).blocks[0].moe, torch.zeros(1, 5, 64, dtype=torch.float64)
-    assert rows[1].multiply_adds == cost.count_multiply_adds(moe, h)
-    assert (rows[0].probe, rows[1].parameters, len(rows[1].curve.split())) == ("", 31_424, trees.POINTS)
-    assert rows[1].curve.endswith(f" {rows[1].accuracy:.4f}")
-    Path("trees.csv").write_text(Path("trees.csv").read_text() + "sum,3\n")
-    refused("trees.csv: a row is not as this program writes it", trees, "--plot=a.png")
+    assert (rows[0].probe, rows[1].parameters, rows[1].multiply_adds) == ("", 31_424, 37_376)
+    assert rows[1].curve.endswith(f" {rows[1].accuracy:.4f}") and len(rows[1].curve.split()) == trees.POINTS
+    whole = results.read_text()
+    results.write_text(whole + whole.splitlines()[1])
+    assert len(trees.read_trials()) == 2, "one of two equal ones"
+    results.write_text(whole[:-9])
+    refused("trees.csv, line 3: not a whole row", trees, "--plot=a.png")
 
 
-def test_the_best_rate_is_chosen_on_other_tables(monkeypatch):
+@pytest.mark.parametrize("arm", ["sum", "mlp"])
+def test_the_best_rate_is_chosen_on_other_tables(arm, monkeypatch):
     """Two trials a rate on draw 0; then all others at the rate that is best on average, and not at the luckiest."""
-    luck = dict(zip(RATES, ((0.5, 0.5), (0.6, 0.6), (0.9, 0.2)), strict=True))
     monkeypatch.setattr(trees, "RESULTS", Path("trees.csv"))
-    monkeypatch.setattr(trees, "train_trial", lambda t: t._replace(accuracy=1 if t.draw else luck[t.rate][t.seed % 2]))
-    trees.run_missing([Trial("sum", rate=RATES[2])])  # which has no say
-    trees.run_arm("sum")
-    rest = [trial for trial in trees.read_trials()[1:] if trial.draw > 0]
-    assert {trial.rate for trial in rest} == {RATES[1]} and len(rest) == 15 + 2 + 2 + 6
+    luck, of = dict(zip(RATES, ((0.5, 0.5), (0.6, 0.6), (0.9, 0.2)), strict=True)), {"curve": "0 " * 20}
+    monkeypatch.setattr(trees, "train_trial", lambda t: t._replace(accuracy=t.draw or luck[t.rate][t.seed % 2], **of))
+    trees.run_missing([Trial(arm, rate=RATES[2]), Trial("coe", draw=0, rate=RATES[2], seed=7)])  # which have no say
+    trees.run_arm(arm)
+    rest = {trial[1:5] for trial in trees.read_trials() if trial.draw > 0 and trial.rate == RATES[1]}
+    expected = {(3, draw, seed, 12_000) for draw in (1, 2, 3) for seed in (1, 2, 3, 4, 5)}
+    expected |= {(3, 1, seed, steps) for seed in (1, 2) for steps in (40_000, 64_000)} | {(3, 1, 1, 20)}
+    expected |= {(depth, 1, seed, 12_000) for depth in (2, 4) for seed in (1, 2, 3)}
+    assert rest == (expected if arm == "sum" else {(3, draw, 1, 12_000) for draw in (1, 2, 3)})
 
 
 def test_table_and_picture(monkeypatch, call):
     """Means, intervals and differences to sum of the same tables and seed; three curves and a heat map."""
-    curve, probe = " ".join(["0.5"] * 20), "0.1 0.2 0.3|0.4 0.5 0.6|0.7 0.8 0.9|1 1 1"
+    of = dict(parameters=7, multiply_adds=9, curve=" ".join(["0.5"] * 20))
+    probe = "0.1 0.2 0.3|0.4 0.5 0.6|0.7 0.8 0.9|1 1 1"
     monkeypatch.setattr(trees, "RESULTS", Path("trees.csv"))
-    monkeypatch.setattr(trees, "train_trial", lambda trial: trial)
-    of = dict(parameters=7, multiply_adds=9, curve=curve)
-    rows = [Trial("dag2_silu", seed=s, accuracy=0.8 + s / 10, probe=probe, **of) for s in (1, 2)]
-    rows += [Trial("sum", seed=s, accuracy=s / 10, **of) for s in (3, 2)] + [Trial("sum", draw=0, accuracy=0.1, **of)]
-    trees.run_missing([*rows, Trial("dag2_silu", steps=40_000, probe=probe, **of)])
+    monkeypatch.setattr(trees, "train_trial", lambda trial: trial._replace(**of))
+    rows = [Trial("dag2_silu", seed=s, accuracy=0.8 + s / 10, probe=probe) for s in (1, 2)]
+    rows += [Trial("sum", draw=d, seed=s, accuracy=s / 10) for d, s in ((0, 1), (1, 2), (1, 3), (2, 1))]
+    trees.run_missing([*rows, Trial("sum", depth=2), Trial("dag2_silu", steps=40_000, probe=probe)])
     status, out, _ = call(trees, "--plot=a.png")
-    assert [line.split()[0] for line in call(trees)[1].splitlines()] == ["depth", "sum", "series", "dag2_silu"]
     assert status == 0 and Path("a.png").read_bytes().startswith(b"\x89PNG")
-    assert [" ".join(line.split()) for line in out.splitlines()[1:4]] == [
-        "sum 7 9 0.0015 2 0.250 ± 0.635 +0.000 ± 0.000 0",
-        "dag2_silu 7 9 0.0015 2 0.950 ± 0.635 +0.800 ± nan 0",
+    assert [" ".join(line.split()) for line in out.splitlines()[3:7]] == [
+        "trees of depth 3, 12,000 steps",
+        "sum 7 9 0.0015 3 0.200 ± 0.248 +0.000 ± 0.000 0.100 0",
+        "dag2_silu 7 9 0.0015 2 0.950 ± 0.635 +0.800 ± nan 0.900 0",
         "dag2_silu leaves, nodes by depth; by level: [0.1, 0.2, 0.3] [0.4, 0.5, 0.6] [0.7, 0.8, 0.9] [1.0, 1.0, 1.0]",
     ]
+    assert [line.split()[0] for line in call(trees)[1].splitlines()[2:]] == ["sum", "series", "dag2_silu"]
 
 
 def test_what_is_read_off(monkeypatch):
-    """Values that are in the nodes, whichever experts they come from, are read; what is not there is guessed."""
-    tokens, levels = trees.draw_trees(trees.make_tables(3, 1), 3000, torch.Generator().manual_seed(0))
-    empty, full, expert = torch.zeros(3000 * 9, 2, 24), torch.zeros(3000 * 9, 2, 24), torch.tensor([[5, 2]] * 3000 * 9)
-    full[8::9, 1] = F.one_hot(levels[1], 6).flatten(1).float()
-    monkeypatch.setattr(graph, "observe", lambda *_: [[Namespace(before=empty, after=full, expert=expert)]])
-    leaves, before, after = graph.read_off(Namespace(config=Namespace(n_expert=8)), tokens, levels, 6)
-    assert after[0] == 1.0 and 0.5 < leaves[0] < 0.7 and before == pytest.approx([1 / 6] * 3, abs=0.06)
+    """Values that are in the nodes, each expert with a code of its own, are read; what is not there is guessed."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, levels = trees.draw_trees(trees.make_tables(3, 1), 3000, generator)
+    empty, full = torch.randn(3000 * 9, 2, 24, generator=generator), torch.zeros(3000 * 9, 2, 24)
+    expert = torch.rand(3000 * 9, 8, generator=generator).argsort(dim=1)[:, :2]
+    full[8::9, 1] = F.one_hot((levels[1] + expert[8::9, 1:]) % 6, 6).flatten(1).float()
+    depths = [Namespace(before=empty, after=after, expert=expert) for after in (empty, full)]
+    monkeypatch.setattr(graph, "observe", lambda *_: [depths])
+    leaves, *empties, after = graph.read_off(Namespace(config=Namespace(n_expert=8)), tokens, levels, 6)
+    assert after[0] == 1.0 and 0.5 < leaves[0] < 0.7 and after[2] < 0.5
+    assert len(empties) == 2 and all(row == pytest.approx([1 / 6] * 3, abs=0.06) for row in empties)
