@@ -119,8 +119,6 @@ def test_seeds_are_paired(name):
         assert (outputs[0].logits - outputs[1].logits).abs().max() <= 1e-5
         outputs[1].loss.backward()
         assert all(weight.grad.abs().max() > 0 for weight in w_up), "it must not stay the sum"
-    torch.manual_seed(6)
-    assert not torch.equal(GPT(models[1].config).embed.weight, models[1].embed.weight), "another seed, another model"
 
 
 @pytest.mark.parametrize("changes", [{}, {"shared_dim": 12}, {"dag_depth": 3}, {"tie_embeddings": False}], ids=str)

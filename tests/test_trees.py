@@ -67,8 +67,11 @@ def test_a_trial_learns_and_is_determined_by_its_settings(monkeypatch):
     monkeypatch.setattr(trees, "answer", lambda model, tokens: seen.append(tokens) or answer(model, tokens))
     trials = [Trial("sum", steps=40, **change) for change in ({}, {"rate": 6e-3}, {"seed": 2}, {"draw": 2}, {})]
     curves = [trees.train_trial(trial).curve for trial in [*trials, Trial("dag2_silu", steps=40)]]
-    assert len(set(curves)) == 5 and curves[0] == curves[4]
+    assert len(set(curves)) == 5 and curves[0] == curves[4] and not torch.equal(seen[0], seen[120])
+    assert not torch.equal(trees.make_model(trials[0]).embed.weight, trees.make_model(trials[2]).embed.weight)
     assert all(torch.equal(tokens, others) for tokens, others in zip(seen[:60], seen[-60:], strict=True))
+    monkeypatch.setattr(trees, "learning_rate", lambda step, config: 0.0)
+    assert len(set(trees.train_trial(trials[0]).curve.split())) == 1
 
 
 def test_trials_are_added_and_not_repeated(monkeypatch, refused):
@@ -95,7 +98,7 @@ def test_the_best_rate_is_chosen_on_other_tables(arm, monkeypatch):
     monkeypatch.setattr(trees, "RESULTS", Path("trees.csv"))
     luck, of = dict(zip(RATES, ((0.5, 0.5), (0.6, 0.6), (0.9, 0.2)), strict=True)), {"curve": "0 " * 20}
     monkeypatch.setattr(trees, "train_trial", lambda t: t._replace(accuracy=t.draw or luck[t.rate][t.seed % 2], **of))
-    trees.run_missing([Trial(arm, rate=RATES[2]), Trial("coe", draw=0, rate=RATES[2], seed=7)])  # which have no say
+    trees.run_missing([Trial(arm, rate=RATES[2]), Trial("coe", draw=0, rate=RATES[2], seed=8)])  # which have no say
     trees.run_arm(arm)
     rest = {trial[1:5] for trial in trees.read_trials() if trial.draw > 0 and trial.rate == RATES[1]}
     expected = {(3, draw, seed, 12_000) for draw in (1, 2, 3) for seed in (1, 2, 3, 4, 5)}
