@@ -37,7 +37,7 @@ ARMS = tomllib.loads(Path(__file__).with_name("configs").joinpath("trees.toml").
 BASE = ARMS.pop("base")
 MAIN = list(ARMS)[:8]
 VALUES, BATCH, POINTS, PROBED = 6, 256, 20, 12_288  # V; trees per step; evaluations of a trial; trees to read off
-RATES = (1.5e-3, 3e-3, 6e-3)  # each arm gets the one that serves it best
+RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3)  # each arm gets the one that serves it best
 DEPTHS = ("sum", "series", "dag1_silu", "dag2_silu", "dag3_silu", "dag4_silu")  # trees of other depths for these
 
 
@@ -206,7 +206,7 @@ def print_table(trials: list[Trial]) -> None:
 
 def draw(path: Path, trials: list[Trial]) -> None:
     """Accuracy against steps, compute and time, and what can be read off dag2's nodes, as PNG. Raises ValueError."""
-    figure = new_figure(13, 9)
+    figure, colors = new_figure(13, 9), ["C0", "C9", "C2", "C8", "C4", "C5", "C1", "C3"]  # of MAIN
     *curves, nodes = figure.subplots(2, 2).flat
     for steps, line in ((12_000, "-"), (40_000, ":")):
         for arm, found in by_arm([t for t in trials if t.arm in MAIN], 3, steps).items():
@@ -217,14 +217,14 @@ def draw(path: Path, trials: list[Trial]) -> None:
                 "seconds on one thread": median(trial.seconds for trial in found),
             }
             for axis, (label, end) in zip(curves, scales.items(), strict=True):
-                at, color = np.arange(1, POINTS + 1) / POINTS * end, f"C{MAIN.index(arm)}"
+                at, color = np.arange(1, POINTS + 1) / POINTS * end, colors[MAIN.index(arm)]
                 axis.plot(at, share, line, color=color, label=arm if line == "-" else None)
                 axis.set(xlabel=label, ylabel="accuracy")
     curves[0].legend(fontsize="small", ncols=2)
     for found in by_arm([t for t in trials if t.arm == "dag2_silu"], 3, 12_000).values():
         nodes.imshow(mean_probe(found), vmin=1 / VALUES, vmax=1, cmap="Blues", aspect="auto")
         for (i, j), share in np.ndenumerate(mean_probe(found)):
-            nodes.text(j, i, f"{share:.2f}", ha="center", va="center")
+            nodes.text(j, i, f"{share:.2f}", ha="center", color="white" if share > 0.6 else "black")
     nodes.set(xticks=range(3), xticklabels=["level 1", "level 2", "root"], title="share read off right, dag2_silu")
     nodes.set(yticks=range(4), yticklabels=["leaves", "nodes before the graph", "after depth 1", "after depth 2"])
     save_png(path, figure)

@@ -96,7 +96,7 @@ def test_trials_are_added_and_not_repeated(monkeypatch, refused):
 def test_the_best_rate_is_chosen_on_other_tables(arm, monkeypatch):
     """Two trials a rate on draw 0; then all others at the rate that is best on average, and not at the luckiest."""
     monkeypatch.setattr(trees, "RESULTS", Path("trees.csv"))
-    luck, of = dict(zip(RATES, ((0.5, 0.5), (0.6, 0.6), (0.9, 0.2)), strict=True)), {"curve": "0 " * 20}
+    luck, of = dict(zip(RATES, ((0.5, 0.5), (0.6, 0.6), (0.9, 0.2), (0.1, 0.1)), strict=True)), {"curve": "0 " * 20}
     monkeypatch.setattr(trees, "train_trial", lambda t: t._replace(accuracy=t.draw or luck[t.rate][t.seed % 2], **of))
     trees.run_missing([Trial(arm, rate=RATES[2]), Trial("coe", draw=0, rate=RATES[2], seed=8)])  # which have no say
     trees.run_arm(arm)
