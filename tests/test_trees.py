@@ -11,7 +11,7 @@ from lab import graph, trees
 from lab.trees import ARMS, RATES, Trial
 from tests.reference import assert_same, randomize
 
-trees.PROBED = 300  # trees are enough here
+trees.PROBED, trees.POINTS = 300, 4  # are enough here
 
 
 def test_trees_are_what_their_tables_say(depth=3):
@@ -67,9 +67,9 @@ def test_a_trial_learns_and_is_determined_by_its_settings(monkeypatch):
     monkeypatch.setattr(trees, "answer", lambda model, tokens: seen.append(tokens) or answer(model, tokens))
     trials = [Trial("sum", steps=40, **change) for change in ({}, {"rate": 6e-3}, {"seed": 2}, {"draw": 2}, {})]
     curves = [trees.train_trial(trial).curve for trial in [*trials, Trial("dag2_silu", steps=40)]]
-    assert len(set(curves)) == 5 and curves[0] == curves[4] and not torch.equal(seen[0], seen[120])
+    assert len(set(curves)) == 5 and curves[0] == curves[4] and not torch.equal(seen[0], seen[88])
     assert not torch.equal(trees.make_model(trials[0]).embed.weight, trees.make_model(trials[2]).embed.weight)
-    assert all(torch.equal(tokens, others) for tokens, others in zip(seen[:60], seen[-60:], strict=True))
+    assert all(torch.equal(tokens, others) for tokens, others in zip(seen[:44], seen[-44:], strict=True))
     monkeypatch.setattr(trees, "learning_rate", lambda step, config: 0.0)
     assert len(set(trees.train_trial(trials[0]).curve.split())) == 1
 
@@ -96,7 +96,7 @@ def test_trials_are_added_and_not_repeated(monkeypatch, refused):
 def test_the_best_rate_is_chosen_on_other_tables(arm, monkeypatch):
     """Two trials a rate on draw 0; then all others at the rate that is best on average, and not at the luckiest."""
     monkeypatch.setattr(trees, "RESULTS", Path("trees.csv"))
-    luck, of = dict(zip(RATES, ((0.5, 0.5), (0.6, 0.6), (0.9, 0.2), (0.1, 0.1)), strict=True)), {"curve": "0 " * 20}
+    luck, of = dict(zip(RATES, ((0.5, 0.5), (0.6, 0.6), (0.9, 0.2), (0.1, 0.1)), strict=True)), {"curve": "0 0 0 0"}
     monkeypatch.setattr(trees, "train_trial", lambda t: t._replace(accuracy=t.draw or luck[t.rate][t.seed % 2], **of))
     trees.run_missing([Trial(arm, rate=RATES[2]), Trial("coe", draw=0, rate=RATES[2], seed=8)])  # which have no say
     trees.run_arm(arm)
@@ -109,7 +109,7 @@ def test_the_best_rate_is_chosen_on_other_tables(arm, monkeypatch):
 
 def test_table_and_picture(monkeypatch, call):
     """Means, intervals and differences to sum of the same tables and seed; three curves and a heat map."""
-    of = dict(parameters=7, multiply_adds=9, curve=" ".join(["0.5"] * 20))
+    of = dict(parameters=7, multiply_adds=9, curve="0.3 0.4 0.5 0.6")
     probe = "0.1 0.2 0.3|0.4 0.5 0.6|0.7 0.8 0.9|1 1 1"
     monkeypatch.setattr(trees, "RESULTS", Path("trees.csv"))
     monkeypatch.setattr(trees, "train_trial", lambda trial: trial._replace(**of))
