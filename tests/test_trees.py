@@ -65,11 +65,11 @@ def test_a_trial_learns_and_is_determined_by_its_settings(monkeypatch):
     assert trees.train_trial(Trial("sum", depth=1, steps=250, rate=6e-3)).accuracy > 0.9
     seen, answer = [], trees.answer
     monkeypatch.setattr(trees, "answer", lambda model, tokens: seen.append(tokens) or answer(model, tokens))
-    trials = [Trial("sum", steps=40, **change) for change in ({}, {"rate": 6e-3}, {"seed": 2}, {"draw": 2}, {})]
-    curves = [trees.train_trial(trial).curve for trial in [*trials, Trial("dag2_silu", steps=40)]]
-    assert len(set(curves)) == 5 and curves[0] == curves[4] and not torch.equal(seen[0], seen[88])
+    trials = [Trial("sum", steps=24, **change) for change in ({}, {"rate": 6e-3}, {"seed": 2}, {"draw": 2}, {})]
+    curves = [trees.train_trial(trial).curve for trial in [*trials, Trial("dag2_silu", steps=24)]]
+    assert len(set(curves)) == 5 and curves[0] == curves[4] and not torch.equal(seen[0], seen[56])
     assert not torch.equal(trees.make_model(trials[0]).embed.weight, trees.make_model(trials[2]).embed.weight)
-    assert all(torch.equal(tokens, others) for tokens, others in zip(seen[:44], seen[-44:], strict=True))
+    assert all(torch.equal(tokens, others) for tokens, others in zip(seen[:28], seen[-28:], strict=True))
     monkeypatch.setattr(trees, "learning_rate", lambda step, config: 0.0)
     assert len(set(trees.train_trial(trials[0]).curve.split())) == 1
 
@@ -77,7 +77,7 @@ def test_a_trial_learns_and_is_determined_by_its_settings(monkeypatch):
 def test_trials_are_added_and_not_repeated(monkeypatch, refused):
     """A row of the file is what training returned; started again, nothing is trained twice; a damaged row is named."""
     monkeypatch.setattr(trees, "RESULTS", results := Path("trees.csv"))
-    trials = [Trial(arm, steps=40) for arm in ("sum", "dag2_silu")]
+    trials = [Trial(arm, steps=20) for arm in ("sum", "dag2_silu")]
     trees.run_missing(trials[:1])
     trees.run_missing(trials)
     rows = trees.read_trials()
