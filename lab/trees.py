@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm, trange
 
-import lab.baselines  # noqa: F401  series, mlp, coe, dense, dag_ungated
+import lab.baselines  # noqa: F401  series, mlp, coe, dense, dag_ungated, dag_self
 from lab.compare import half_width, new_figure, read_rows, save_png
 from lab.cost import count_multiply_adds
 from lab.graph import read_off
@@ -109,6 +109,7 @@ def train_trial(trial: Trial) -> Trial:
     generator = torch.Generator().manual_seed(1000 * trial.draw + trial.seed)
     config = TrainConfig(learning_rate=trial.rate, min_lr=trial.rate / 10, warmup_steps=200, max_steps=trial.steps)
     optimizer = make_optimizer(model, config)
+    test, right = draw_trees(tables, 4096, torch.Generator().manual_seed(0))
     curve, began = [], time.process_time()
     for step in trange(trial.steps, desc=f"{trial.arm}, seed {trial.seed}", unit="step", mininterval=1, leave=False):
         tokens, levels = draw_trees(tables, BATCH, generator)
@@ -121,10 +122,9 @@ def train_trial(trial: Trial) -> Trial:
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) * POINTS % trial.steps < POINTS:
-            tokens, levels = draw_trees(tables, 4096, torch.Generator().manual_seed(0))
             with torch.no_grad():
-                guess = answer(model, tokens)[0].argmax(dim=-1, keepdim=True)
-            curve.append((guess == levels[-1]).float().mean().item())
+                guess = answer(model, test)[0].argmax(dim=-1, keepdim=True)
+            curve.append((guess == right[-1]).float().mean().item())
     seconds = round(time.process_time() - began, 1)
     moe, trees = model.blocks[0].moe, draw_trees(tables, PROBED, torch.Generator().manual_seed(0))
     rows = read_off(model, *trees, VALUES) if "dag" in model.config.aggregator else []
@@ -222,8 +222,8 @@ def draw(path: Path, trials: list[Trial]) -> None:
                 axis.set(xlabel=label, ylabel="accuracy")
     curves[0].legend(fontsize="small", ncols=2)
     for found in by_arm([t for t in trials if t.arm == "dag2_silu"], 3, 12_000).values():
-        nodes.imshow(mean_probe(found), vmin=1 / VALUES, vmax=1, cmap="Blues", aspect="auto")
-        for (i, j), share in np.ndenumerate(mean_probe(found)):
+        nodes.imshow(rows := mean_probe(found), vmin=1 / VALUES, vmax=1, cmap="Blues", aspect="auto")
+        for (i, j), share in np.ndenumerate(rows):
             nodes.text(j, i, f"{share:.2f}", ha="center", color="white" if share > 0.6 else "black")
     nodes.set(xticks=range(3), xticklabels=["level 1", "level 2", "root"], title="share read off right, dag2_silu")
     nodes.set(yticks=range(4), yticklabels=["leaves", "nodes before the graph", "after depth 1", "after depth 2"])
@@ -240,9 +240,9 @@ def main() -> None:
         return print_table([train_trial(Trial(arm, steps=8_000)) for arm in ("sum", "dag2_silu", "series")])
     for arm in ARMS if args.full == [] else args.full or []:
         run_arm(arm)
-    print_table(read_trials())
+    print_table(trials := read_trials())
     if args.plot:
-        draw(args.plot, read_trials())
+        draw(args.plot, trials)
 
 
 if __name__ == "__main__":
