@@ -66,7 +66,7 @@ class Depth(NamedTuple):
     expert: Tensor  # (S, K) ids of the nodes' experts
     weight: Tensor  # (S, K) the router's weights
     beyond: Tensor  # (S) of the whole layer, ‖h' - h - Σ_i g_i E_i(x)‖ / ‖h' - h‖: what the weighted sum does not have
-    gate: Tensor  # (S, K, K) mean of e_ij over its D channels
+    gate: Tensor  # (S, K, K) mean of |e_ij| over its D channels: how open the edge is
     message: Tensor  # (S, K, K) ‖m_ij‖
     share: Tensor  # (S, K, K) ‖m_ij‖ / Σ_j ‖m_ij‖: how much of what node i receives comes from node j
     before: Tensor  # (S, K, C) nodes
@@ -105,7 +105,7 @@ def observe(model: GPT, tokens: Tensor) -> list[list[Depth]]:
             e, m = layer.edges(before)
             message = m.float().norm(dim=-1)
             share = message / message.sum(dim=-1, keepdim=True).clamp_min(1e-30)
-            depths.append(Depth(expert, weight, beyond, e.float().mean(dim=-1), message, share, before, after))
+            depths.append(Depth(expert, weight, beyond, e.float().abs().mean(dim=-1), message, share, before, after))
         layers.append(depths)
     return layers
 

@@ -31,7 +31,7 @@ BATCH = 4096  # tokens looked at together
 class Statistics(NamedTuple):
     """Of one depth in one layer, means over tokens, nodes and edges; NaN where there are none: K = 1 nodes."""
 
-    gate: float  # an edge's mean gate
+    gate: float  # of an edge: the mean size of its channels
     spread: float  # standard deviation of that over tokens and edges
     self_gate: float  # gate of an edge from a node to itself
     other_gate: float  # gate of any other edge

@@ -146,7 +146,7 @@ def test_page_numbers_are_the_models(save, call, top_k, depth, gate):
         for edges, (e, m, _, _) in zip(layer["depths"], depths, strict=True):
             numbers += [edges["gate"], edges["share"]]
             size = m.square().sum(dim=-1).sqrt()
-            expected += [e.mean(dim=-1), size / size.sum(dim=2, keepdim=True)]
+            expected += [e.abs().mean(dim=-1), size / size.sum(dim=2, keepdim=True)]
         for ours, theirs in zip(numbers, expected, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=6e-4)
 
@@ -180,26 +180,34 @@ def browser():
 
 @pytest.mark.parametrize("silu", [False, True])
 def test_page_in_a_browser(save, call, browser, silu):
-    """No errors, no requests; clicks and arrow keys choose what is shown; the text is right for the gate."""
+    """No errors, no requests; opens at the widest gate; clicks and keys choose what is shown, and the focus stays."""
     data = make_page(call, save(make_model(dag_gate="silu" if silu else "sigmoid")), "ï </script><script>", 2)
     browser.get(url := Path("page.html").absolute().as_uri())
     assert len(browser.find("#strip button")) == 22 and len(browser.find("#strip button.prompt")) == 20
-    assert ("SiLU" in browser.find("#legend")[0].text) == silu
-    for selector, key, layer, token in (
-        ("#strip button:nth-child(8)", "", 0, 7), ("body", "\ue014", 0, 8), ("body", "\ue015", 1, 8),
-        ("body", "\ue012", 1, 7), ("body", "\ue013", 0, 7), ("#layers button:nth-child(2)", "", 1, 7),
+    assert ("SiLU" in browser.find("#legend")[0].get_attribute("textContent")) == silu
+    depths = [layer["depths"] for layer in data["layers"]]
+    gates, shares = (np.array([[depth[key] for depth in layer] for layer in depths]) for key in ("gate", "share"))
+    black, width = gates.max() if silu else 1.0, gates.max(axis=(1, 3, 4)).T  # (tokens, layers)
+    places = [tuple(place) for place in np.argwhere(width >= (black / 2 if silu else 0.1))]
+    layer, token = divmod(width.T.argmax(), len(width))
+    first, second = ([place for place in places if place > (token, layer)] + places)[:2]
+    strip, one = "#strip button:nth-child(8)", "#layers button:nth-child(1)"
+    left, right, up, down, end, home = "\ue012", "\ue014", "\ue013", "\ue015", "\ue010", "\ue011"
+    for press, place in (
+        ("", (token, layer)), ("n", first), ("#next", second), (strip, (7, second[1])), (one, (7, 0)), (strip, (7, 0)),
+        (right, (8, 0)), (down, (8, 1)), (left, (7, 1)), (end, (21, 1)), (right, (21, 1)), (home, (0, 1)), (up, (0, 0)),
     ):  # fmt: skip
-        element = browser.find(selector)[0]
-        element.send_keys(key) if key else element.click()
-        numbers = data["layers"][layer]
-        title = f"Layer {layer + 1}, token {token} .*: {100 * numbers['beyond'][token]:.0f} % of what"
-        assert re.match(title, browser.find("#title")[0].text)
-        gates, shares = (np.ravel([depth[key][token] for depth in numbers["depths"]]) for key in ("gate", "share"))
-        assert [float(cell.text.split()[0]) for cell in browser.find("#tables td")] == gates.tolist()
-        lines = browser.find("#graph line.edge")
-        assert [float(line.get_attribute("stroke-width")) for line in lines] == pytest.approx(0.5 + 15 * shares)
-        dashed = [line.get_attribute("stroke-dasharray") != "none" for line in lines]
-        assert dashed == (gates < 0).tolist() and any(dashed) == silu
+        browser.find(press)[0].click() if press[:1] == "#" else browser.switch_to.active_element.send_keys(press)
+        token, layer = place
+        assert browser.find("#title")[0].text.startswith(f"Layer {layer + 1}, token {token} ")
+        says = browser.find("#says")[0].text
+        assert f" {100 * data['layers'][layer]['beyond'][token]:.0f} % is not in" in says
+        assert (("narrow" if silu else "nearly shut") in says) == (place not in places)
+        assert [float(cell.text.split()[0]) for cell in browser.find("#tables td")] == [*gates[layer, :, token].flat]
+        for name, drawn in (("opacity", np.maximum(0.02, gates / black)), ("width", 0.5 + 15 * shares)):
+            lines = [float(line.get_attribute(f"stroke-{name}")) for line in browser.find("#graph line.edge")]
+            assert lines == pytest.approx(drawn[layer, :, token].ravel())
+    assert browser.switch_to.active_element == browser.find("#strip [aria-pressed=true]")[0], "the focus has gone along"
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
     assert [address for address in sent if not address.startswith("data:")] == [url] and not browser.get_log("browser")
@@ -226,7 +234,7 @@ def test_hand_made_graph_shows_exactly_its_open_edge(save, call, browser, corpus
     assert graph.strongest_pairs(torch.tensor([[9.0, 2.0], [4.0, 1.0]])) == ["E0→E1 1.0", "E1→E0 0.5"]
 
 
-def test_statistics_equal_a_plain_loop(save, call, corpus, monkeypatch):
+def test_statistics_equal_a_plain_loop(save, call, refused, corpus, monkeypatch):
     """Token by token and edge by edge; the table shows them; and there is a picture, or how to get one."""
     model, tokens = make_model(dag_gate="silu"), prepare.open_dataset("tiny").val
     found = {name: [] for name in graph.Statistics._fields if name != "spread"}
@@ -236,8 +244,8 @@ def test_statistics_equal_a_plain_loop(save, call, corpus, monkeypatch):
         found["beyond"] += beyond
         for s, i, j in np.ndindex(32, 3, 3):
             size = m[s, i].norm(dim=-1)
-            found["gate"].append(e[s, i, j].mean())
-            found["self_gate" if i == j else "other_gate"].append(e[s, i, j].mean())
+            found["gate"].append(e[s, i, j].abs().mean())
+            found["self_gate" if i == j else "other_gate"].append(e[s, i, j].abs().mean())
             if i == j:
                 found["self_share"].append(size[i] / size.sum())
                 found["incoming"].append(size.sum().square() / size.square().sum())
@@ -256,9 +264,7 @@ def test_statistics_equal_a_plain_loop(save, call, corpus, monkeypatch):
     assert f"{row.gate:6.3f} ± {row.spread:.3f}" in call(graph, save(model), "--dataset=tiny", "--tokens=1600")[1]
     assert Path("dag-tiny.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert call(graph, "model.pt", "--dataset=tiny")[2].endswith(
-        "error: the picture needs matplotlib: pip install matplotlib\n"
-    )
+    refused("the picture needs matplotlib: pip install matplotlib", graph, "model.pt", "--dataset=tiny")
 
 
 def test_bad_input_is_refused(save, refused):
