@@ -68,9 +68,7 @@ def plain_half(name: str, moe, h: torch.Tensor) -> torch.Tensor:
     if name == "mlp":
         return plain_mlp(aggregator, h, out) + everyones(moe.shared)
     if name == "dag_self":
-        alone = [
-            reference.plain_dag(aggregator, "sigmoid", h / 4, out[:, [i]], torch.ones(len(h), 1)) for i in range(4)
-        ]
+        alone = [reference.plain_dag(aggregator, "sigmoid", h / 4, out[:, [i]], torch.ones(6, 1)) for i in range(4)]
         return sum(alone) + everyones(moe.shared)
     if name == "dag_ungated":
         aggregator = Namespace(layers=[half_open(layer) for layer in aggregator.layers])
@@ -90,7 +88,7 @@ def test_feed_forward_halves_equal_plain_loops(name):
 
 
 def test_losses_of_routers():
-    """coe, series: the mean of both losses, the sum of both loads, K even; dense: what a balanced router would say."""
+    """coe, series: the mean of both losses, the sum of both loads; dense: what a balanced router would say."""
     moe, seen = randomize(FEED_FORWARD["coe"](tiny_config(aggregator="coe", top_k=4))), []
     for router in (moe.router, moe.second.router):
         router.register_forward_hook(lambda router, arguments, result: seen.append(result[2]))
@@ -98,8 +96,6 @@ def test_losses_of_routers():
     (first_balance, first_z, first_load), (second_balance, second_z, second_load) = seen
     assert balance == (first_balance + second_balance) / 2 and z == (first_z + second_z) / 2
     assert torch.equal(load, first_load + second_load) and load.sum() == 32 * 4
-    with pytest.raises(ValueError, match="top_k must be even for coe"):
-        GPT(tiny_config(aggregator="coe", top_k=3))
     out = GPT(tiny_config(aggregator="dense"))(torch.zeros(2, 8, dtype=torch.long))
     assert out.balance == 1 and out.z == 0 and (out.load == out.load[0, 0]).all()
 
@@ -189,7 +185,7 @@ def test_the_table_is_what_the_rows_say(call, monkeypatch):
     ]
     assert call(compare, "table", "b.csv")[1] == out, "what was written is what was read"
     assert "-0.1000" in call(compare, "table", "a.csv", "--against=one")[1]
-    assert "1.2845  +0.0141 (+0.0000 to +0.0282)" in call(compare, "table", REPOSITORY / "lab/results/ablation.csv")[1]
+    assert "1.2376  +0.0035 (-0.0073 to +0.0144)" in call(compare, "table", REPOSITORY / "lab/results/text.csv")[1]
     monkeypatch.setattr(compare, "FAR", 0.05)
     assert "not drawn, because far worse: one (+0.10)" in call(compare, "plot", "a.csv", "c.png")[1]
     assert Path("c.png").read_bytes().startswith(b"\x89PNG")
@@ -206,8 +202,6 @@ def test_what_can_not_be_compared_is_refused(refused, workdir):
     compare.write_csv(Path("a.csv"), {"": [row, row]})
     refused("sum-1 is there twice", compare, "table", "a.csv")
     compare.write_csv(Path("a.csv"), {"": [evaluation("sum", 1, 1000, 1.0)]})
-    if Path("/dev/full").exists():
-        refused("no space left for /dev/full: make room", compare, "table", "a.csv", "--csv=/dev/full")
     refused("no run of 'dag' is finished; there are runs of sum", compare, "table", "a.csv", "--against=dag")
     refused("a.csv holds no weights to be evaluated on tiny", compare, "table", "a.csv", "--on=tiny")
     refused("nowhere holds no runs: python -m lab.compare sweep", compare, "table", "nowhere")
