@@ -88,7 +88,7 @@ def test_feed_forward_halves_equal_plain_loops(name):
 
 
 def test_losses_of_routers():
-    """coe, series: the mean of both losses, the sum of both loads; dense: what a balanced router would say."""
+    """coe, series: the mean of both losses, the sum of both loads, K even; dense: what a balanced router would say."""
     moe, seen = randomize(FEED_FORWARD["coe"](tiny_config(aggregator="coe", top_k=4))), []
     for router in (moe.router, moe.second.router):
         router.register_forward_hook(lambda router, arguments, result: seen.append(result[2]))
@@ -96,6 +96,8 @@ def test_losses_of_routers():
     (first_balance, first_z, first_load), (second_balance, second_z, second_load) = seen
     assert balance == (first_balance + second_balance) / 2 and z == (first_z + second_z) / 2
     assert torch.equal(load, first_load + second_load) and load.sum() == 32 * 4
+    with pytest.raises(ValueError, match="top_k must be even for coe"):
+        GPT(tiny_config(aggregator="coe", top_k=3))
     out = GPT(tiny_config(aggregator="dense"))(torch.zeros(2, 8, dtype=torch.long))
     assert out.balance == 1 and out.z == 0 and (out.load == out.load[0, 0]).all()
 
@@ -199,9 +201,10 @@ def test_what_can_not_be_compared_is_refused(refused, workdir):
         for name in names:
             compare.write_csv(Path("a.csv"), {"": [row, row._replace(arm=arm, seed=seed, **{name: "7"})]})
             refused(f"-1 differ in {name} (", compare, "table", "a.csv")
-    compare.write_csv(Path("a.csv"), {"": [row, row]})
-    refused("sum-1 is there twice", compare, "table", "a.csv")
-    compare.write_csv(Path("a.csv"), {"": [evaluation("sum", 1, 1000, 1.0)]})
+    compare.write_csv(Path("a.csv"), {"": [row]})
+    refused("sum-1 is there twice", compare, "table", "a.csv", "a.csv")
+    if Path("/dev/full").exists():
+        refused("no space left for /dev/full: make room", compare, "table", "a.csv", "--csv=/dev/full")
     refused("no run of 'dag' is finished; there are runs of sum", compare, "table", "a.csv", "--against=dag")
     refused("a.csv holds no weights to be evaluated on tiny", compare, "table", "a.csv", "--on=tiny")
     refused("nowhere holds no runs: python -m lab.compare sweep", compare, "table", "nowhere")

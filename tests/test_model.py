@@ -139,18 +139,16 @@ def test_router_equals_a_loop(norm_topk, top_k):
 )
 def test_experts_equal_a_loop_over_tokens(dtype, expert_dim, tolerance, monkeypatch):
     """Both ways to multiply (one grouped product, or a loop over experts) with experts that get no token."""
-    used = []
-    grouped_mm = F.grouped_mm
+    used, grouped_mm = [], F.grouped_mm
     monkeypatch.setattr(F, "grouped_mm", lambda *a, **k: used.append(1) or grouped_mm(*a, **k))
     experts = randomize(Experts(tiny_config(), 8, expert_dim)).to(dtype)
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(7, 32, generator=generator, dtype=dtype)
     expert = torch.stack([torch.randperm(5, generator=generator)[:3] + 1 for _ in range(7)])  # 0, 6 and 7 stay empty
-    fast = results_and_gradients(experts, {"x": x, "expert": expert}, experts)
+    inputs = {"x": x, "expert": expert}
+    fast = results_and_gradients(experts, inputs, experts)
     assert bool(used) == (dtype == torch.float32 and expert_dim == 16)
-    plain = results_and_gradients(
-        lambda **inputs: reference.plain_experts(experts, **inputs), {"x": x, "expert": expert}, experts
-    )
+    plain = results_and_gradients(lambda **x: reference.plain_experts(experts, **x), inputs, experts)
     assert_same(fast, plain, tolerance)
     assert fast["grad gate_proj"][[0, 6, 7]].abs().max() == 0
 

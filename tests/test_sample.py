@@ -181,28 +181,27 @@ def browser():
 @pytest.mark.parametrize("silu", [False, True])
 def test_page_in_a_browser(save, call, browser, silu):
     """No errors, no requests; opens at the widest gate; clicks and keys choose what is shown, and the focus stays."""
-    data = make_page(call, save(make_model(dag_gate="silu" if silu else "sigmoid")), "ï </script><script>", 2)
+    model = make_model(dag_gate="silu" if silu else "sigmoid", n_expert=5)  # whose widest gate is in layer 2
+    data = make_page(call, save(model), "ï </script><script>", 2)
     browser.get(url := Path("page.html").absolute().as_uri())
     assert len(browser.find("#strip button")) == 22 and len(browser.find("#strip button.prompt")) == 20
     assert ("SiLU" in browser.find("#legend")[0].get_attribute("textContent")) == silu
-    depths = [layer["depths"] for layer in data["layers"]]
-    gates, shares = (np.array([[depth[key] for depth in layer] for layer in depths]) for key in ("gate", "share"))
+    layers = data["layers"]
+    gates, shares = (np.array([[d[key] for d in layer["depths"]] for layer in layers]) for key in ("gate", "share"))
     black, width = gates.max() if silu else 1.0, gates.max(axis=(1, 3, 4)).T  # (tokens, layers)
     places = [tuple(place) for place in np.argwhere(width >= (black / 2 if silu else 0.1))]
-    layer, token = divmod(width.T.argmax(), len(width))
-    first, second = ([place for place in places if place > (token, layer)] + places)[:2]
-    strip, one = "#strip button:nth-child(8)", "#layers button:nth-child(1)"
+    widest = divmod(width.T.argmax(), len(width))[::-1]
+    again, (near, far) = places[0], ([place for place in places if place > widest] + places)[:2]
+    strip, two = "#strip button:nth-child(8)", "#layers button:nth-child(2)"
     left, right, up, down, end, home = "\ue012", "\ue014", "\ue013", "\ue015", "\ue010", "\ue011"
-    for press, place in (
-        ("", (token, layer)), ("n", first), ("#next", second), (strip, (7, second[1])), (one, (7, 0)), (strip, (7, 0)),
-        (right, (8, 0)), (down, (8, 1)), (left, (7, 1)), (end, (21, 1)), (right, (21, 1)), (home, (0, 1)), (up, (0, 0)),
+    for press, (token, layer) in (
+        ("", widest), ("n", near), ("#next", far), (two, (far[0], 1)), (strip, (7, 1)), (left, (6, 1)), (end, (21, 1)),
+        (right, (21, 1)), ("n", again), (down, (again[0], 1)), (home, (0, 1)), (up, (0, 0)), (right, (1, 0)),
     ):  # fmt: skip
         browser.find(press)[0].click() if press[:1] == "#" else browser.switch_to.active_element.send_keys(press)
-        token, layer = place
         assert browser.find("#title")[0].text.startswith(f"Layer {layer + 1}, token {token} ")
-        says = browser.find("#says")[0].text
-        assert f" {100 * data['layers'][layer]['beyond'][token]:.0f} % is not in" in says
-        assert (("narrow" if silu else "nearly shut") in says) == (place not in places)
+        assert f" {100 * layers[layer]['beyond'][token]:.0f} % is not in" in (says := browser.find("#says")[0].text)
+        assert (("narrow" if silu else "nearly shut") in says) == ((token, layer) not in places)
         assert [float(cell.text.split()[0]) for cell in browser.find("#tables td")] == [*gates[layer, :, token].flat]
         for name, drawn in (("opacity", np.maximum(0.02, gates / black)), ("width", 0.5 + 15 * shares)):
             lines = [float(line.get_attribute(f"stroke-{name}")) for line in browser.find("#graph line.edge")]
