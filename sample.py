@@ -110,7 +110,7 @@ def observe(model: GPT, tokens: Tensor) -> list[list[Depth]]:
     return layers
 
 
-def write_page(path: Path, model: GPT, encoding: Encoding, tokens: list[int], n_prompt: int) -> None:
+def write_page(path: Path, model: GPT, tokens: list[int], texts: list[str], n_prompt: int, **more) -> None:
     """Write the page of a text's graphs: of its last block_size tokens, because the model looks at no more at once."""
 
     def plain(x: Tensor) -> list:
@@ -122,10 +122,9 @@ def write_page(path: Path, model: GPT, encoding: Encoding, tokens: list[int], n_
         edges = [{"gate": plain(depth.gate), "share": plain(depth.share)} for depth in depths]
         expert, weight, beyond, *_ = depths[0]
         layers.append({"expert": expert.tolist(), "weight": plain(weight), "beyond": plain(beyond), "depths": edges})
-    texts = [encoding.decode([token]) for token in tokens[start:]]
-    graph = {"gate": model.config.dag_gate, "tokens": texts, "prompt": max(0, n_prompt - start), "layers": layers}
+    graph = {"gate": model.config.dag_gate, "tokens": texts[start:], "prompt": max(0, n_prompt - start)}
     # "<" is written as JSON's \u003c, so that no token can end the script element in which the data stand.
-    data = json.dumps(graph, separators=(",", ":")).replace("<", "\\u003c")
+    data = json.dumps(graph | {"layers": layers} | more, separators=(",", ":")).replace("<", "\\u003c")
     page = TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/null", data, 1).encode()
     with replacing(path) as file:
         file.write(page)
@@ -212,7 +211,8 @@ def main() -> None:
         speed = f"{count:,} tokens in {seconds:.1f} s, {count / seconds:,.0f} tokens/s"
         print(f"{speed}, from {checkpoint['path']} (step {checkpoint['step']})", file=sys.stderr)
         if args.dag:
-            write_page(args.dag, model, encoding, tokens + samples[0], len(tokens))
+            texts = [encoding.decode([token]) for token in tokens + samples[0]]
+            write_page(args.dag, model, tokens + samples[0], texts, len(tokens))
 
 
 if __name__ == "__main__":

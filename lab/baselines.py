@@ -8,9 +8,6 @@
     dense         no experts: one SwiGLU of hidden size K·H
     dag_ungated   without Eq. 9: every edge is open
     dag_self      without messages: of all edges only those from a node to itself
-    dag_full      all of h in every node of Eq. 6, where the paper has h / K
-    dag_none      nothing of h in the nodes, so that the layer has no residual connection
-    dag_outside   nothing of h in the nodes; h is added to what comes out of the graph
 
 Importing this module is enough to know them. Names of parameters are chosen so that GPT.cost() stays right: what works
 on each of the K nodes is in `aggregate.layers`, what is beside the selected experts is not in `experts`.
@@ -121,44 +118,12 @@ class SelfLayer(DAGLayer):
         return e * itself, m * itself
 
 
-class UngatedDAG(DAGAggregator):
-    """The graph with every edge open."""
+class OtherDAG(DAGAggregator):
+    """The graph with another kind of layer."""
 
-    layer = UngatedLayer
-
-    def __init__(self, config: ModelConfig):
+    def __init__(self, layer: type[DAGLayer], config: ModelConfig):
         super().__init__(config)
-        self.layers = nn.ModuleList(self.layer(config) for _ in range(config.dag_depth))
-
-
-class SelfDAG(UngatedDAG):
-    """The graph without its messages: L gated networks, one after the other, on each node by itself."""
-
-    layer = SelfLayer
-
-
-class FullDAG(DAGAggregator):
-    """n_i⁰ = g_i E_i(x) + h: Eq. 6 without its 1/K, so every layer multiplies the residual stream by K."""
-
-    def forward(self, h: Tensor, out: Tensor, gate: Tensor) -> Tensor:
-        """h (S, C), out (S, K, C), gate (S, K) → (S, C)."""
-        return super().forward(out.shape[1] * h, out, gate)
-
-
-class BareDAG(DAGAggregator):
-    """n_i⁰ = g_i E_i(x): Eq. 6 without h."""
-
-    def forward(self, h: Tensor, out: Tensor, gate: Tensor) -> Tensor:
-        """h (S, C), out (S, K, C), gate (S, K) → (S, C)."""
-        return super().forward(0 * h, out, gate)
-
-
-class OutsideDAG(BareDAG):
-    """h' = h + Σ_i n_i^L with n_i⁰ = g_i E_i(x): the residual connection goes around the graph."""
-
-    def forward(self, h: Tensor, out: Tensor, gate: Tensor) -> Tensor:
-        """h (S, C), out (S, K, C), gate (S, K) → (S, C)."""
-        return h + super().forward(h, out, gate)
+        self.layers = nn.ModuleList(layer(config) for _ in range(config.dag_depth))
 
 
 FEED_FORWARD.update(
@@ -166,11 +131,8 @@ FEED_FORWARD.update(
     coe=ChainOfExperts,
     series=Series,
     dense=Dense,
-    dag_ungated=partial(MoE, UngatedDAG),
-    dag_self=partial(MoE, SelfDAG),
-    dag_full=partial(MoE, FullDAG),
-    dag_none=partial(MoE, BareDAG),
-    dag_outside=partial(MoE, OutsideDAG),
+    dag_ungated=partial(MoE, partial(OtherDAG, UngatedLayer)),
+    dag_self=partial(MoE, partial(OtherDAG, SelfLayer)),
 )
 
 if __name__ == "__main__":

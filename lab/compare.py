@@ -36,7 +36,6 @@ OF_THE_MACHINE = {"out_dir", "device", "compile", "resume"}  # settings that may
 EQUAL = ("data", "evaluated_on", "eval_tokens", "tokens", "training")  # what all runs of a table must share
 OF_AN_ARM = ("model", "learning_rate")  # what all runs of an arm must share
 FREE = {"seed", "learning_rate", "min_lr", "init_from"} | OF_THE_MACHINE  # not in the checksum `training`
-FAR = 0.2  # an arm that is so much worse, in nats per token, is not drawn
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 97.5 %, 1 to 10 degrees
 
 
@@ -310,16 +309,16 @@ def save_png(path: Path, figure) -> None:
     """Write a figure."""
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=100)
+    print(f"wrote {path}", file=sys.stderr)
 
 
 def draw(path: Path, runs: Runs, against: str) -> None:
     """Differences with their intervals, and the losses against tokens, compute and time, as PNG. Raises ValueError."""
     arms = summarize(runs, against)
-    near = [name for name in reversed(arms) if arms[name].gap <= FAR]  # the best one on top
     figure = new_figure(13, 9)
     to_other, *curves = figure.subplots(2, 2).flat
-    for i, name in enumerate(near):
-        arm, color = arms[name], f"C{i}"
+    for i, (name, arm) in enumerate(arms.items()):  # the best one on top
+        color = f"C{i}" if i < 5 else "darkgray"
         to_other.errorbar(arm.gap, i, xerr=arm.half_width, fmt="o", color=color, capsize=4)
         to_other.plot(arm.differences, [i] * len(arm.differences), "|", color=color, markersize=10)
         tokens, losses = np.transpose(arm.curve[1:] or arm.curve)  # the untrained loss left out
@@ -329,14 +328,15 @@ def draw(path: Path, runs: Runs, against: str) -> None:
             "seconds of training, at the arm's median speed": 1 / arm.tokens_per_s,
         }
         for axis, (label, scale) in zip(curves, scales.items(), strict=True):
-            axis.plot(tokens * scale, losses, ".-" if i < 10 else ".--", color=color, label=name)
+            axis.plot(tokens * scale, losses, color=color)
+            end, beside = (tokens[-1] * scale, losses[-1]), (1.02, 0.05 * (len(arms) - i))
+            line = dict(arrowstyle="-", color=color, linewidth=0.5, relpos=(0, 0.5))
+            axis.annotate(name, end, beside, textcoords="axes fraction", va="center", color=color, arrowprops=line)
             axis.set(xlabel=label, ylabel="validation loss, nats per token")
     to_other.axvline(0, color="gray", linewidth=1)
-    to_other.set(yticks=range(len(near)), yticklabels=near, xlabel=f"loss less that of {against}: mean, 95 % interval")
-    curves[0].legend(fontsize="small", ncols=2)
+    to_other.set(yticks=range(len(arms)), yticklabels=arms, xlabel=f"loss less that of {against}: mean, 95 % interval")
+    to_other.invert_yaxis()
     save_png(path, figure)
-    far = [f"{name} ({arm.gap:+.2f})" for name, arm in arms.items() if name not in near]
-    print(f"wrote {path}" + (f"; not drawn, because far worse: {', '.join(far)}" if far else ""))
 
 
 def seed_range(text: str) -> range:

@@ -1,9 +1,8 @@
 """What it costs, side by side in one run: parameters, multiply-adds, time, memory.
 
-python -m lab.cost step configs/quickstart.toml         # a training step with each aggregator
-python -m lab.cost layer --dtype=bfloat16 --compile     # one feed-forward layer; --block_size is its tokens
-python -m lab.cost layer --growth                       # how that grows with tokens, K, E, L
-python -m lab.cost sample out/quickstart                # sampling with the key/value cache against without
+python -m lab.cost step configs/quickstart.toml                   # a training step with each aggregator
+python -m lab.cost layer --dtype=bfloat16 --n_expert=64           # one feed-forward layer; --block_size is its tokens
+python -m lab.cost sample out/quickstart                          # sampling with the key/value cache against without
 """
 
 import argparse
@@ -30,7 +29,6 @@ Row = tuple[Callable[[], None], int, int, int]  # a step; its tokens; parameters
 LAYER = ["--n_layer=1", "--block_size=8192", "--n_embd=512", "--n_head=8", "--n_expert=16", "--expert_dim=512"]
 LAYERS = {"dense": {"aggregator": "dense"}, "sum": {"aggregator": "sum"}}
 LAYERS |= {f"dag D={D}": {"aggregator": "dag", "dag_depth": L, "dag_dim": D} for L, D in ((1, 64), (2, 128))}
-GROWTH = {"block_size": (1024, 4096, 16384), "top_k": (1, 2, 4, 8), "n_expert": (8, 16, 64), "dag_depth": (1, 2, 3, 4)}
 HEADER = "                   parameters  multiply-adds     ×       ms         × (spread)  tokens/s  of peak  peak MB"
 
 
@@ -141,14 +139,10 @@ def measure_step(args: argparse.Namespace, arguments: list[str]) -> None:
 
 
 def measure_layer(args: argparse.Namespace, arguments: list[str]) -> None:
-    """Print what one feed-forward layer costs with each aggregator; with --growth how that grows."""
+    """Print what one feed-forward layer costs with each aggregator."""
     settings = train.read_settings([*LAYER, *arguments])
     config, base = (train.make_config(kind, settings) for kind in (train.TrainConfig, ModelConfig))
-    for key, values in GROWTH.items() if args.growth else [("block_size", [base.block_size])]:
-        for value in values:
-            print(f"{key} = {value}")
-            rows = {name: layer_row(replace(base, **c | {key: value}), config) for name, c in LAYERS.items()}
-            print_costs(rows, config, args.repeats)
+    print_costs({name: layer_row(replace(base, **c), config) for name, c in LAYERS.items()}, config, args.repeats)
 
 
 def measure_sample(args: argparse.Namespace, paths: list[str]) -> None:
@@ -178,7 +172,6 @@ def main() -> None:
     parser = Parser(prog="-m lab.cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     measures = {"step": measure_step, "layer": measure_layer, "sample": measure_sample}
     parser.add_argument("what", choices=measures)
-    parser.add_argument("--growth", action="store_true", help="layer: grow its tokens, K, E and L")
     parser.add_argument("--new-tokens", type=int, default=512, help="sample: per text (default: 512)")
     parser.add_argument("--repeats", type=int, default=5, help="how often each is timed (default: 5)")
     args, rest = parser.parse_known_args()

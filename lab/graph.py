@@ -7,7 +7,6 @@ The picture, dag-DATASET.png beside the checkpoint, needs matplotlib.
 
 import argparse
 import math
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,17 +143,16 @@ def draw_statistics(path: Path, statistics: list[list[Statistics]]) -> None:
             axes[i][d].set(title=f"layer {i + 1}, depth {d + 1}", xlabel="expert that sends", ylabel="that receives")
             figure.colorbar(image, ax=axes[i][d], label="mean ‖m_ij‖")
     save_png(path, figure)
-    print(f"wrote {path}", file=sys.stderr)
 
 
 @torch.no_grad()
-def read_off(model: GPT, tokens: Tensor, levels: list[Tensor], classes: int) -> list[list[float]]:
-    """How well a linear map reads known values off the nodes that a one-layer model has at the last token.
+def read_off(model: GPT, tokens: Tensor, levels: list[Tensor], classes: int) -> list[list[Tensor]]:
+    """What a linear map reads of known values off the nodes that a one-layer model has at the last token.
 
     tokens (S, T); levels: what is to be read, each (S, any number) of values below `classes`, first the input's own.
     A row for that input, as one-hot vectors, for the nodes before the graph, and for those after each depth; in it the
-    share of right values at each other level. Ridge regression to one-hot vectors, on two thirds of the tokens, tested
-    on the third; all K nodes are seen at once, each in its expert's place, every feature scaled to equal deviation.
+    values read at each other level, for the last third of the tokens. Ridge regression to one-hot vectors on the other
+    two thirds; all K nodes are seen at once, each in its expert's place, every feature scaled to equal deviation.
     """
     depths, T = observe(model, tokens)[0], tokens.shape[1]
     features = [F.one_hot(levels[0], classes)]
@@ -170,10 +168,14 @@ def read_off(model: GPT, tokens: Tensor, levels: list[Tensor], classes: int) -> 
         for values in levels[1:]:
             one_hot = F.one_hot(values, classes).flatten(1).double()
             weight = torch.linalg.solve(gram, x[:fit].T @ one_hot[:fit])
-            guess = (x[fit:] @ weight).unflatten(1, (-1, classes)).argmax(dim=-1)
-            row.append((guess == values[fit:]).float().mean().item())
+            row.append((x[fit:] @ weight).unflatten(1, (-1, classes)).argmax(dim=-1))
         rows.append(row)
     return rows
+
+
+def shares_right(row: list[Tensor], levels: list[Tensor]) -> list[float]:
+    """How much of what a row of read_off holds is right, at each level: 1 is all. levels: without the first one."""
+    return [(read == right[-len(read) :]).float().mean().item() for read, right in zip(row, levels, strict=True)]
 
 
 def main() -> None:

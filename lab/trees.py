@@ -27,7 +27,7 @@ from tqdm import tqdm, trange
 import lab.baselines  # noqa: F401  series, mlp, coe, dense, dag_ungated, dag_self
 from lab.compare import half_width, new_figure, read_rows, save_png
 from lab.cost import count_multiply_adds
-from lab.graph import read_off
+from lab.graph import read_off, shares_right
 from model import GPT, ModelConfig, rope_table, rotate
 from prepare import Parser, require, run
 from train import TrainConfig, learning_rate, make_optimizer
@@ -103,8 +103,8 @@ def answer(model: GPT, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return model.head(model.norm(h)).squeeze(1), balance, z
 
 
-def train_trial(trial: Trial) -> Trial:
-    """Train on random trees, evaluate on others. Returns the trial with what became of it."""
+def train_trial(trial: Trial) -> tuple[Trial, GPT]:
+    """Train on random trees, evaluate on others. Returns the trial with what became of it, and the model."""
     model, tables = make_model(trial), make_tables(trial.depth, trial.draw)
     generator = torch.Generator().manual_seed(1000 * trial.draw + trial.seed)
     config = TrainConfig(learning_rate=trial.rate, min_lr=trial.rate / 10, warmup_steps=200, max_steps=trial.steps)
@@ -126,16 +126,17 @@ def train_trial(trial: Trial) -> Trial:
                 guess = answer(model, test)[0].argmax(dim=-1, keepdim=True)
             curve.append((guess == right[-1]).float().mean().item())
     seconds = round(time.process_time() - began, 1)
-    moe, trees = model.blocks[0].moe, draw_trees(tables, PROBED, torch.Generator().manual_seed(0))
-    rows = read_off(model, *trees, VALUES) if "dag" in model.config.aggregator else []
-    return trial._replace(
+    moe, (tokens, levels) = model.blocks[0].moe, draw_trees(tables, PROBED, torch.Generator().manual_seed(0))
+    rows = read_off(model, tokens, levels, VALUES) if "dag" in model.config.aggregator else []
+    trial = trial._replace(
         parameters=sum(weight.numel() for weight in moe.parameters()),
         multiply_adds=count_multiply_adds(moe, torch.zeros(1, 1, model.config.n_embd, dtype=torch.float64)),
         seconds=seconds,
         accuracy=curve[-1],
         curve=" ".join(f"{share:.4f}" for share in curve),
-        probe="|".join(" ".join(f"{share:.4f}" for share in row) for row in rows),
+        probe="|".join(" ".join(f"{share:.4f}" for share in shares_right(row, levels[1:])) for row in rows),
     )
+    return trial, model
 
 
 def read_trials() -> list[Trial]:
@@ -153,7 +154,7 @@ def run_missing(trials: list[Trial]) -> None:
     """Run those that are not in lab/results/trees.csv yet, and add a row for each when it is done."""
     done = {trial[:6] for trial in read_trials()}
     for trial in tqdm([trial for trial in trials if trial[:6] not in done], unit="trial", leave=False):
-        trial = train_trial(trial)
+        trial, _ = train_trial(trial)
         with RESULTS.open("a", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows([trial] if file.tell() else [Trial._fields, trial])
 
@@ -237,7 +238,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.full is None and not args.plot:
-        return print_table([train_trial(Trial(arm, steps=8_000)) for arm in ("sum", "dag2_silu", "series")])
+        return print_table([train_trial(Trial(arm, steps=8_000))[0] for arm in ("sum", "dag2_silu", "series")])
     for arm in ARMS if args.full == [] else args.full or []:
         run_arm(arm)
     print_table(trials := read_trials())

@@ -34,7 +34,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def plain_dag(aggregator: DAGAggregator, gate_name: str, h, out, gate):
     """Eq. 6 to 12 as the paper writes them: every concatenation of two nodes is built. (S, C), (S, K, C), (S, K)."""
     K = out.shape[1]
-    sigma = {"sigmoid": torch.sigmoid, "silu": lambda x: x * torch.sigmoid(x)}[gate_name]
+    sigma = {"sigmoid": torch.sigmoid, "silu": lambda x: x * torch.sigmoid(x), "open": torch.ones_like}[gate_name]
     nodes = [gate[:, i, None] * out[:, i] + h / K for i in range(K)]  # Eq. 6
     for layer in aggregator.layers:
         z = [rms_norm(n, layer.norm.weight) @ layer.w_down.weight.T for n in nodes]  # Eq. 7

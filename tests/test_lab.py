@@ -25,7 +25,7 @@ from tests.conftest import REPOSITORY, TINY_RUN, make_corpus
 from tests.reference import assert_same, randomize, results_and_gradients, rms_norm, tiny_config
 
 ABLATION = REPOSITORY / "lab/configs/ablation"
-BASELINES = ["mlp", "coe", "series", "dense", "dag_ungated", "dag_self", "dag_full", "dag_none", "dag_outside"]
+BASELINES = ["mlp", "coe", "series", "dense", "dag_ungated", "dag_self"]
 SMALL = [setting for setting in TINY_RUN if "out_dir" not in setting]
 
 
@@ -35,12 +35,6 @@ def plain_mlp(mixing, h: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     z = [rms_norm(n, mixing.norm.weight) @ mixing.layers["w_down"].weight.T for n in nodes]
     x = torch.cat(z, dim=-1) @ mixing.w_mix.weight.T
     return sum(nodes) + (0.5 * x * (1 + torch.erf(x / 2**0.5))) @ mixing.w_up.weight.T
-
-
-def half_open(layer) -> Namespace:
-    """An ungated layer as one with gates σ(0) = 1/2 everywhere, and messages twice as large."""
-    w_edge, w_node = (Namespace(weight=factor * layer.w_node.weight) for factor in (0, 2))
-    return Namespace(norm=layer.norm, w_down=layer.w_down, w_edge=w_edge, w_node=w_node, w_up=layer.w_up)
 
 
 def plain_half(name: str, moe, h: torch.Tensor) -> torch.Tensor:
@@ -70,11 +64,11 @@ def plain_half(name: str, moe, h: torch.Tensor) -> torch.Tensor:
     if name == "dag_self":
         alone = [reference.plain_dag(aggregator, "sigmoid", h / 4, out[:, [i]], torch.ones(6, 1)) for i in range(4)]
         return sum(alone) + everyones(moe.shared)
-    if name == "dag_ungated":
-        aggregator = Namespace(layers=[half_open(layer) for layer in aggregator.layers])
-    part_of_h = {"dag_full": 4 * h, "dag_none": 0 * h, "dag_outside": 0 * h}.get(name, h)  # of which a node has 1/4
-    graph = reference.plain_dag(aggregator, "sigmoid", part_of_h, out, torch.ones(out.shape[:2]))
-    return graph + everyones(moe.shared) + (h if name == "dag_outside" else 0)
+    gate_name = "sigmoid"
+    if name == "dag_ungated":  # which needs no w_edge
+        layers = [Namespace(w_edge=layer.w_node, **dict(layer.named_children())) for layer in aggregator.layers]
+        aggregator, gate_name = Namespace(layers=layers), "open"
+    return reference.plain_dag(aggregator, gate_name, h, out, torch.ones(out.shape[:2])) + everyones(moe.shared)
 
 
 @pytest.mark.parametrize("name", ["sum", "dag", *BASELINES])
@@ -112,7 +106,7 @@ def test_seeds_are_paired(name):
     assert len(ours) > len(weights) and all(torch.equal(weight, ours[key]) for key, weight in weights.items())
     w_up = [weight for key, weight in ours.items() if "w_up" in key]
     assert all(weight.abs().max() == 0 for weight in w_up)
-    if name in ("dag", "mlp", "dag_ungated", "dag_outside"):
+    if name in ("dag", "mlp", "dag_ungated"):
         outputs = [model(tokens, tokens) for model in models]
         assert (outputs[0].logits - outputs[1].logits).abs().max() <= 1e-5
         outputs[1].loss.backward()
@@ -164,7 +158,7 @@ def evaluation(arm: str, seed: int, at_token: int, val_loss: float, **changes) -
     return compare.Evaluation(**run, arm=arm, seed=seed, at_token=at_token, val_loss=val_loss)._replace(**changes)
 
 
-def test_the_table_is_what_the_rows_say(call, monkeypatch):
+def test_the_table_is_what_the_rows_say(call):
     """Mean losses, paired differences with Student's interval, equal time and speed, by hand; what is left out."""
     losses, rows = {"sum": [1.0, 1.2, 1.1], "dag": [0.9, 1.15, 1.02]}, []
     for arm, seed in itertools.product(losses, (1, 2, 3)):
@@ -188,9 +182,7 @@ def test_the_table_is_what_the_rows_say(call, monkeypatch):
     assert call(compare, "table", "b.csv")[1] == out, "what was written is what was read"
     assert "-0.1000" in call(compare, "table", "a.csv", "--against=one")[1]
     assert "1.2376  +0.0035 (-0.0073 to +0.0144)" in call(compare, "table", REPOSITORY / "lab/results/text.csv")[1]
-    monkeypatch.setattr(compare, "FAR", 0.05)
-    assert "not drawn, because far worse: one (+0.10)" in call(compare, "plot", "a.csv", "c.png")[1]
-    assert Path("c.png").read_bytes().startswith(b"\x89PNG")
+    assert call(compare, "plot", "a.csv", "c.png")[0] == 0 and Path("c.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_can_not_be_compared_is_refused(refused, workdir):
@@ -270,7 +262,7 @@ def test_a_sweep_goes_on_where_it_was_stopped(corpus, call, refused, monkeypatch
     refused("another learning_rate (0.01, now 0.1): choose", compare, *sweep, *mlp, "--learning_rate=0.1")
 
 
-def test_costs_are_printed(corpus, call, monkeypatch):
+def test_costs_are_printed(corpus, call):
     """A row per aggregator with the numbers of GPT.cost(); ratios are of neighbours, sum's to itself is 1; memory."""
     assert cost.ratio([1.0, 8.0, 9.0], [1.0, 4.0, 3.0]) == "2.00 (1.00-3.00)"
     peaks = [cost.peak_megabytes(lambda n=n: torch.ones(n).sum(), torch.device("cpu")) for n in (2**26, 25_000_000)]
@@ -281,5 +273,4 @@ def test_costs_are_printed(corpus, call, monkeypatch):
     shared = GPT(config_of(*SMALL, "--aggregator=sum", "--shared_dim=8")).cost()
     assert rows["shared"][:2] == [f"{shared['parameters']:,}", f"{shared['multiply_adds']:,}"]
     assert rows["sum"][2] == rows["sum"][4] == "1.00" and rows["sum"][5] == "(1.00-1.00)"
-    monkeypatch.setattr(cost, "GROWTH", {"dag_depth": (2, 3)})
-    assert call(cost, "layer", "--growth", "--repeats=1", *SMALL)[1].count("dag D=64") == 2
+    assert "dag D=64" in call(cost, "layer", "--repeats=1", *SMALL)[1]

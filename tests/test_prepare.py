@@ -337,20 +337,6 @@ def test_a_damaged_dataset_is_noticed(corpus):
     noticed("No such file or directory: 'data/stdlib/meta.json'", "stdlib", "stdlib$")
 
 
-def test_a_model_that_does_not_fit_is_refused(corpus):
-    """Other encoding, too small vocabulary, too few tokens."""
-    dataset = prepare.open_dataset("tiny")
-    size = len(dataset.val)
-    dataset.check_fits("bytes", 257, size - 1)
-    for message, *settings in (
-        ("is encoded as bytes, the model reads gpt2", "gpt2", 50257, 16),
-        ("has 257 token ids, vocab_size is 256", "bytes", 256, 16),
-        (f"'tiny' has {size} val tokens, block_size is {size}", "bytes", 257, size),
-    ):
-        with pytest.raises(ValueError, match=message):
-            dataset.check_fits(*settings)
-
-
 @pytest.mark.parametrize(("function", "moment"), [("fsync", 0), ("fsync", 1), ("fsync", 2), ("replace", 0)])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr)
 def test_a_full_disk_or_an_interruption(corpus, call, monkeypatch, function, moment, error):

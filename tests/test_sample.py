@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ import torch
 
 import prepare
 import sample
-from lab import graph
+from lab import graph, tree_page
+from lab.trees import make_model as make_tree_model
 from model import GATES, GPT, ModelConfig, rope_table
 from tests.reference import randomize
 from train import spaced_offsets
@@ -121,6 +123,11 @@ def make_page(call, path: Path, prompt: str, new: int = 0) -> dict:
     """Write page.html for a prompt and `new` more tokens; returns the numbers in it."""
     status, _, error = call(sample, path, "--prompt", prompt, f"--max-new-tokens={new}", "--dag=page.html")
     assert status == 0 and "wrote page.html" in error
+    return page_data()
+
+
+def page_data() -> dict:
+    """The numbers in page.html."""
     return json.loads(re.search(r"^const data = (\{[^<\n]*\});$", Path("page.html").read_text(), re.MULTILINE)[1])
 
 
@@ -233,6 +240,26 @@ def test_hand_made_graph_shows_exactly_its_open_edge(save, call, browser, corpus
     assert graph.strongest_pairs(torch.tensor([[9.0, 2.0], [4.0, 1.0]])) == ["E0→E1 1.0", "E1→E0 0.5"]
 
 
+def test_page_of_a_tree(call, browser, refused, monkeypatch):
+    """Opens at "=": the tree with its values, and what is read at each depth, right and wrong told apart."""
+    refused("must be a file in a folder that exists", tree_page, "a/b.html")
+    monkeypatch.setattr(tree_page, "PROBED", 300)
+    monkeypatch.setattr(tree_page, "train_trial", lambda trial: (trial, randomize(make_tree_model(trial))))
+    assert call(tree_page, "page.html")[0] == 0
+    tree = page_data()["tree"]
+    leaves, *inner = tree["values"][0], *chain(*tree["values"][1:])
+    browser.get(Path("page.html").absolute().as_uri())
+    assert browser.find("#title")[0].text == 'Layer 1, token 8 "="'
+    assert [text.text for text in browser.find("#tree text")] == [str(value) for value in leaves + inner]
+    for figure, levels, shares in zip(browser.find("#read figure"), tree["read"], tree["right"], strict=True):
+        read = [*chain(*levels)]
+        assert [text.text for text in figure.find_elements("css selector", "text")] == [str(x) for x in leaves + read]
+        marks = [circle.get_attribute("class") for circle in figure.find_elements("css selector", "circle")]
+        assert marks == 8 * ["leaf"] + ["right" if x == y else "wrong" for x, y in zip(read, inner, strict=True)]
+        assert len({*marks}) > 1 and ", ".join(f"{100 * share:.0f} %" for share in shares) in figure.text
+    assert not browser.get_log("browser")
+
+
 def test_statistics_equal_a_plain_loop(save, call, refused, corpus, monkeypatch):
     """Token by token and edge by edge; the table shows them; and there is a picture, or how to get one."""
     model, tokens = make_model(dag_gate="silu"), prepare.open_dataset("tiny").val
@@ -266,7 +293,7 @@ def test_statistics_equal_a_plain_loop(save, call, refused, corpus, monkeypatch)
     refused("the picture needs matplotlib: pip install matplotlib", graph, "model.pt", "--dataset=tiny")
 
 
-def test_bad_input_is_refused(save, refused):
+def test_bad_input_is_refused(save, refused, corpus):
     """One line, status 2, and nothing is written."""
     for option in (
         "--temperature=nan", "--temperature=-1", "--top-k=0", "--top-p=0", "--top-p=1.5", "--num-samples=0",
@@ -281,6 +308,7 @@ def test_bad_input_is_refused(save, refused):
     ):  # fmt: skip
         refused(message, sample, "model.pt", *arguments)
     refused("dataset 'code'", graph, "model.pt", "--dataset=code", "--tokens=1")
+    refused("'tiny' is encoded as bytes, the model reads gpt2", graph, save(encoding="gpt2"), "--dataset=tiny")
     refused("--tokens: must lie between", graph, "model.pt", "--dataset=code", "--tokens=0")
     refused("experts by 'sum': there is no graph", sample, save(make_model(aggregator="sum")), "--dag=g.html")
     refused("experts by 'sum': there is no graph", graph, "model.pt", "--dataset=code")

@@ -62,16 +62,16 @@ def test_arms_are_fair():
 
 def test_a_trial_learns_and_is_determined_by_its_settings(monkeypatch):
     """One table is learned in no time; another rate, seed, draw or arm gives another curve; arms see the same trees."""
-    assert trees.train_trial(Trial("sum", depth=1, steps=250, rate=6e-3)).accuracy > 0.9
+    assert trees.train_trial(Trial("sum", depth=1, steps=250, rate=6e-3))[0].accuracy > 0.9
     seen, answer = [], trees.answer
     monkeypatch.setattr(trees, "answer", lambda model, tokens: seen.append(tokens) or answer(model, tokens))
     trials = [Trial("sum", steps=24, **change) for change in ({}, {"rate": 6e-3}, {"seed": 2}, {"draw": 2}, {})]
-    curves = [trees.train_trial(trial).curve for trial in [*trials, Trial("dag2_silu", steps=24)]]
+    curves = [trees.train_trial(trial)[0].curve for trial in [*trials, Trial("dag2_silu", steps=24)]]
     assert len(set(curves)) == 5 and curves[0] == curves[4] and not torch.equal(seen[0], seen[56])
     assert not torch.equal(trees.make_model(trials[0]).embed.weight, trees.make_model(trials[2]).embed.weight)
     assert all(torch.equal(tokens, others) for tokens, others in zip(seen[:28], seen[-28:], strict=True))
     monkeypatch.setattr(trees, "learning_rate", lambda step, config: 0.0)
-    assert len(set(trees.train_trial(trials[0]).curve.split())) == 1
+    assert len(set(trees.train_trial(trials[0])[0].curve.split())) == 1
 
 
 def test_trials_are_added_and_not_repeated(monkeypatch, refused):
@@ -82,7 +82,7 @@ def test_trials_are_added_and_not_repeated(monkeypatch, refused):
     trees.run_missing(trials)
     rows = trees.read_trials()
     assert [row[:6] for row in rows] == [trial[:6] for trial in trials]
-    assert trees.train_trial(trials[1])._replace(seconds=rows[1].seconds) == rows[1]
+    assert trees.train_trial(trials[1])[0]._replace(seconds=rows[1].seconds) == rows[1]
     assert (rows[0].probe, rows[1].parameters, rows[1].multiply_adds) == ("", 31_424, 37_376)
     assert rows[1].curve.endswith(f" {rows[1].accuracy:.4f}") and len(rows[1].curve.split()) == trees.POINTS
     whole = results.read_text()
@@ -97,7 +97,11 @@ def test_the_best_rate_is_chosen_on_other_tables(arm, monkeypatch):
     """Two trials a rate on draw 0; then all others at the rate that is best on average, and not at the luckiest."""
     monkeypatch.setattr(trees, "RESULTS", Path("trees.csv"))
     luck, of = dict(zip(RATES, ((0.5, 0.5), (0.6, 0.6), (0.9, 0.2), (0.1, 0.1)), strict=True)), {"curve": "0 0 0 0"}
-    monkeypatch.setattr(trees, "train_trial", lambda t: t._replace(accuracy=t.draw or luck[t.rate][t.seed % 2], **of))
+
+    def made_up(trial: Trial) -> tuple[Trial, None]:
+        return trial._replace(accuracy=trial.draw or luck[trial.rate][trial.seed % 2], **of), None
+
+    monkeypatch.setattr(trees, "train_trial", made_up)
     trees.run_missing([Trial(arm, rate=RATES[2]), Trial("coe", draw=0, rate=RATES[2], seed=8)])  # which have no say
     trees.run_arm(arm)
     rest = {trial[1:5] for trial in trees.read_trials() if trial.draw > 0 and trial.rate == RATES[1]}
@@ -112,7 +116,7 @@ def test_table_and_picture(monkeypatch, call):
     of = dict(parameters=7, multiply_adds=9, curve="0.3 0.4 0.5 0.6")
     probe = "0.1 0.2 0.3|0.4 0.5 0.6|0.7 0.8 0.9|1 1 1"
     monkeypatch.setattr(trees, "RESULTS", Path("trees.csv"))
-    monkeypatch.setattr(trees, "train_trial", lambda trial: trial._replace(**of))
+    monkeypatch.setattr(trees, "train_trial", lambda trial: (trial._replace(**of), None))
     rows = [Trial("dag2_silu", seed=s, accuracy=0.8 + s / 10, probe=probe) for s in (1, 2)]
     rows += [Trial("sum", draw=d, seed=s, accuracy=s / 10) for d, s in ((0, 1), (1, 2), (1, 3), (2, 1))]
     trees.run_missing([*rows, Trial("sum", depth=2), Trial("dag2_silu", steps=40_000, probe=probe)])
@@ -136,6 +140,7 @@ def test_what_is_read_off(monkeypatch):
     full[8::9, 1] = F.one_hot((levels[1] + expert[8::9, 1:]) % 6, 6).flatten(1).float()
     depths = [Namespace(before=empty, after=after, expert=expert) for after in (empty, full)]
     monkeypatch.setattr(graph, "observe", lambda *_: [depths])
-    leaves, *empties, after = graph.read_off(Namespace(config=Namespace(n_expert=8)), tokens, levels, 6)
+    rows = graph.read_off(Namespace(config=Namespace(n_expert=8)), tokens, levels, 6)
+    leaves, *empties, after = [graph.shares_right(row, levels[1:]) for row in rows]
     assert after[0] == 1.0 and 0.5 < leaves[0] < 0.7 and after[2] < 0.5
     assert len(empties) == 2 and all(row == pytest.approx([1 / 6] * 3, abs=0.06) for row in empties)
