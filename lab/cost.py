@@ -147,7 +147,8 @@ def measure_layer(args: argparse.Namespace, arguments: list[str]) -> None:
 
 def measure_sample(args: argparse.Namespace, paths: list[str]) -> None:
     """Print tokens/s of greedy sampling: one text without cache, one with, 16 at once with."""
-    model, checkpoint = train.load_checkpoint(Path(*paths))
+    require(len(paths) == 1, f"give a run's folder, and of options only those in --help; got {paths}")
+    model, checkpoint = train.load_checkpoint(Path(paths[0]))
     device = model.to(train.choose_device("auto")).embed.weight.device
     start = torch.full((16, 1), get_encoding(checkpoint["encoding"]).eot_token, device=device)
 

@@ -210,7 +210,7 @@ def test_what_can_not_be_compared_is_refused(refused, workdir):
     refused("--seed=3: the sweep sets that itself", compare, "sweep", ABLATION, "--seed=3")
     refused("the nearest key is n_layer", compare, "sweep", ABLATION, "--n_layers=3")
     refused("must be at least 1", cost, "layer", "--repeats=0")
-    refused("does not exist", cost, "sample", "out/none")
+    refused("give a run's folder, and", cost, "sample", "out/none", "--x=3")
 
 
 def test_runs_are_read_from_their_folders(corpus, call, refused):
