@@ -38,7 +38,6 @@ BASE = ARMS.pop("base")
 MAIN = list(ARMS)[:8]
 VALUES, BATCH, POINTS, PROBED = 6, 256, 20, 12_288  # V; trees per step; evaluations of a trial; trees to read off
 RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3)  # each arm gets the one that serves it best
-DEPTHS = ("sum", "series", "dag1_silu", "dag2_silu", "dag3_silu", "dag4_silu")  # trees of other depths for these
 
 
 class Trial(NamedTuple):
@@ -162,21 +161,26 @@ def run_missing(trials: list[Trial]) -> None:
 def run_arm(arm: str) -> None:
     """Choose an arm's rate on tables of their own, draw 0; then run all other trials with it."""
     run_missing([Trial(arm, draw=0, seed=seed, rate=rate) for rate in RATES for seed in (1, 2)])
-    found = [trial for trial in read_trials() if trial.arm == arm and trial.draw == 0]
-    rate = max(RATES, key=lambda rate: fmean(trial.accuracy for trial in found if trial.rate == rate))
+    rate = best_rate(arm, read_trials())
     trials = [Trial(arm, draw=d, seed=s, rate=rate) for d in (1, 2, 3) for s in range(1, 6 if arm in MAIN else 2)]
     if arm in MAIN:
         long = (40_000, 64_000) if arm == "sum" else (40_000,)  # sum takes as long for 64,000 as dag2 for 40,000
         trials += [Trial(arm, seed=seed, steps=steps, rate=rate) for steps in long for seed in (1, 2)]
-    if arm in DEPTHS:
+    if arm in ("sum", "series", "dag1_silu", "dag2_silu", "dag3_silu", "dag4_silu"):  # trees of other depths, too
         trials += [Trial(arm, depth=depth, seed=seed, rate=rate) for depth in (2, 4) for seed in (1, 2, 3)]
         trials += [Trial(arm, steps=20, rate=rate)]  # hardly trained: what can be read off random nodes
     run_missing(trials)
 
 
+def best_rate(arm: str, trials: list[Trial]) -> float:
+    """The one that served the arm best in the trials that are to choose it; without any, in all."""
+    found = [t for t in trials if t.arm == arm and t.draw == 0] or [t for t in trials if t.arm == arm]
+    return max(RATES, key=lambda rate: fmean([t.accuracy for t in found if t.rate == rate] or [-1.0]))
+
+
 def by_arm(trials: list[Trial], depth: int, steps: int) -> dict[str, list[Trial]]:
-    """Those with trees of this depth and so many steps, without the ones that chose the rates."""
-    group = [t for t in trials if t.draw > 0 and (t.depth, t.steps) == (depth, steps)]
+    """Those with trees of this depth and so many steps at their arm's best rate, without the ones that chose it."""
+    group = [t for t in trials if t.draw > 0 and (t.depth, t.steps, t.rate) == (depth, steps, best_rate(t.arm, trials))]
     return {arm: [t for t in group if t.arm == arm] for arm in ARMS if any(t.arm == arm for t in group)}
 
 
@@ -200,9 +204,8 @@ def print_table(trials: list[Trial]) -> None:
                 f"{fmean(shares):8.3f} ± {half_width(shares):.3f}{fmean(gaps):+9.3f} ± {half_width(gaps):.3f}"
                 f"{min(shares):8.3f}{median(trial.seconds for trial in found):7.0f}"
             )
-        for arm, found in arms.items():
             if found[0].probe:
-                print(f"{arm:16}leaves, nodes by depth; by level:", *mean_probe(found).round(2).tolist())
+                print(f"{'':16}leaves, nodes by depth; by level:", *mean_probe(found).round(2).tolist())
 
 
 def draw(path: Path, trials: list[Trial]) -> None:
@@ -212,15 +215,12 @@ def draw(path: Path, trials: list[Trial]) -> None:
     for steps, line in ((12_000, "-"), (40_000, ":")):
         for arm, found in by_arm([t for t in trials if t.arm in MAIN], 3, steps).items():
             share = np.array([trial.curve.split() for trial in found], dtype=float).mean(axis=0)
-            scales = {
-                "steps": steps,
-                "10¹² multiply-adds in the MoE, with gradients": 3e-12 * steps * BATCH * found[0].multiply_adds,
-                "seconds on one thread": median(trial.seconds for trial in found),
-            }
-            for axis, (label, end) in zip(curves, scales.items(), strict=True):
+            compute = 3e-12 * steps * BATCH * found[0].multiply_adds
+            for axis, end in zip(curves, (steps, compute, median(trial.seconds for trial in found)), strict=True):
                 at, color = np.arange(1, POINTS + 1) / POINTS * end, colors[MAIN.index(arm)]
                 axis.plot(at, share, line, color=color, label=arm if line == "-" else None)
-                axis.set(xlabel=label, ylabel="accuracy")
+    for axis, label in zip(curves, ("steps", "10¹² multiply-adds, with gradients", "seconds"), strict=True):
+        axis.set(xlabel=label, ylabel="accuracy")
     curves[0].legend(fontsize="small", ncols=2)
     for found in by_arm([t for t in trials if t.arm == "dag2_silu"], 3, 12_000).values():
         nodes.imshow(rows := mean_probe(found), vmin=1 / VALUES, vmax=1, cmap="Blues", aspect="auto")

@@ -113,20 +113,20 @@ def test_the_best_rate_is_chosen_on_other_tables(arm, monkeypatch):
 
 def test_table_and_picture(monkeypatch, call):
     """Means, intervals and differences to sum of the same tables and seed; three curves and a heat map."""
-    of = dict(parameters=7, multiply_adds=9, curve="0.3 0.4 0.5 0.6")
-    probe = "0.1 0.2 0.3|0.4 0.5 0.6|0.7 0.8 0.9|1 1 1"
+    of, probe = dict(parameters=7, multiply_adds=9, curve="0 0 0 1"), "0.1 0.2 0.3|0.4 0.5 0.6|0.7 0.8 0.9|1 1 1"
     monkeypatch.setattr(trees, "RESULTS", Path("trees.csv"))
     monkeypatch.setattr(trees, "train_trial", lambda trial: (trial._replace(**of), None))
-    rows = [Trial("dag2_silu", seed=s, accuracy=0.8 + s / 10, probe=probe) for s in (1, 2)]
+    rows = [Trial("dag2_silu", draw=d, rate=r, accuracy=r) for d, r in ((0, 1.5e-3), (0, 7.5e-4), (1, 7.5e-4))]
+    rows += [Trial("dag2_silu", seed=s, accuracy=0.8 + s / 10, probe=probe) for s in (1, 2)]
     rows += [Trial("sum", draw=d, seed=s, accuracy=s / 10) for d, s in ((0, 1), (1, 2), (1, 3), (2, 1))]
     trees.run_missing([*rows, Trial("sum", depth=2), Trial("dag2_silu", steps=40_000, probe=probe)])
-    status, out, _ = call(trees, "--plot=a.png")
-    assert status == 0 and Path("a.png").read_bytes().startswith(b"\x89PNG")
+    out = call(trees, "--plot=a.png")[1]
+    assert Path("a.png").read_bytes().startswith(b"\x89PNG")
     assert [" ".join(line.split()) for line in out.splitlines()[3:7]] == [
         "trees of depth 3, 12,000 steps",
         "sum 7 9 0.0015 3 0.200 ± 0.248 +0.000 ± 0.000 0.100 0",
         "dag2_silu 7 9 0.0015 2 0.950 ± 0.635 +0.800 ± nan 0.900 0",
-        "dag2_silu leaves, nodes by depth; by level: [0.1, 0.2, 0.3] [0.4, 0.5, 0.6] [0.7, 0.8, 0.9] [1.0, 1.0, 1.0]",
+        "leaves, nodes by depth; by level: [0.1, 0.2, 0.3] [0.4, 0.5, 0.6] [0.7, 0.8, 0.9] [1.0, 1.0, 1.0]",
     ]
     assert [line.split()[0] for line in call(trees)[1].splitlines()[2:]] == ["sum", "series", "dag2_silu"]
 
