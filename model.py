@@ -62,7 +62,7 @@ class ModelConfig:
     aggregator: str = "dag"  # how the K outputs are combined: sum (the standard MoE) | dag
     dag_depth: int = 2  # L, depth of the graph
     dag_dim: int = 32  # D, width of the graph's messages
-    dag_gate: str = "sigmoid"  # edge gate of Eq. 9: sigmoid | silu
+    dag_gate: str = "silu"  # edge gate of Eq. 9: sigmoid | silu
 
     def __post_init__(self):
         check_types(self, may_be_zero=("shared_dim",))

@@ -62,9 +62,9 @@ def plain_half(name: str, moe, h: torch.Tensor) -> torch.Tensor:
     if name == "mlp":
         return plain_mlp(aggregator, h, out) + everyones(moe.shared)
     if name == "dag_self":
-        alone = [reference.plain_dag(aggregator, "sigmoid", h / 4, out[:, [i]], torch.ones(6, 1)) for i in range(4)]
+        alone = [reference.plain_dag(aggregator, "silu", h / 4, out[:, [i]], torch.ones(6, 1)) for i in range(4)]
         return sum(alone) + everyones(moe.shared)
-    gate_name = "sigmoid"
+    gate_name = "silu"
     if name == "dag_ungated":  # which needs no w_edge
         layers = [Namespace(w_edge=layer.w_node, **dict(layer.named_children())) for layer in aggregator.layers]
         aggregator, gate_name = Namespace(layers=layers), "open"
@@ -142,13 +142,13 @@ def test_arms_are_fair():
     for folder in (large, ABLATION):
         configs = {path.stem: config_of(folder / "base.toml", path, "--n_layer=1") for path in folder.glob("*.toml")}
         costs = {arm: GPT(config).cost() for arm, config in configs.items()}
-        assert costs["dag2"]["parameters"] == costs["shared"]["parameters"] + 2 * configs["dag2"].n_embd  # norms
+        assert costs["dag2_silu"]["parameters"] - costs["shared"]["parameters"] == 2 * configs["sum"].n_embd  # norms
         for arm in costs.keys() & {"shared_compute", "sum_compute"}:
-            assert costs[arm]["multiply_adds"] == costs["dag2"]["multiply_adds"]
+            assert costs[arm]["multiply_adds"] == costs["dag2_silu"]["multiply_adds"]
     for arm in ("dense", "coe"):
         assert costs[arm]["multiply_adds"] == pytest.approx(costs["sum"]["multiply_adds"], rel=0.01)
-    of_config = config_of(REPOSITORY / "configs/dag_moe_s.toml", "--vocab_size=257")
-    assert config_of(large / "base.toml", large / "dag2.toml") == of_config, "the same shape"
+    small = config_of(REPOSITORY / "configs/dag_moe_s.toml", "--vocab_size=257")
+    assert config_of(large / "base.toml", large / "dag2_silu.toml") == small, "the same shape"
 
 
 def evaluation(arm: str, seed: int, at_token: int, val_loss: float, **changes) -> compare.Evaluation:
@@ -206,7 +206,7 @@ def test_what_can_not_be_compared_is_refused(refused, workdir):
     refused("must hold base.toml, and beside it a file per arm", compare, "sweep", workdir)
     refused("--seeds must be a number, for seeds 1 to that, or", compare, "sweep", ABLATION, "--seeds=5-4")
     refused("--jobs must be at least 1", compare, "sweep", ABLATION, "--jobs=0")
-    refused("has no arm dag3; there are: coe, dag1,", compare, "sweep", ABLATION, "--arms=dag3")
+    refused("has no arm dag3; there are: coe, dag1_sigmoid,", compare, "sweep", ABLATION, "--arms=dag3")
     refused("--seed=3: the sweep sets that itself", compare, "sweep", ABLATION, "--seed=3")
     refused("the nearest key is n_layer", compare, "sweep", ABLATION, "--n_layers=3")
     refused("must be at least 1", cost, "layer", "--repeats=0")
