@@ -401,7 +401,7 @@ def train(run: Run) -> None:
                 group["lr"] = learning_rate(step, config)
             loss = accumulate_gradients(network, batch, config, run.cast)
             batch = get_batch(run.data.train, model, config, step + 1)  # while a GPU is still busy with this one
-            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
             totals = torch.stack([loss, torch.full_like(loss, stop.seen)])  # all ranks decide together whether to stop
             if RANKS > 1:
                 dist.all_reduce(totals)

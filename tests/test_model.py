@@ -342,7 +342,6 @@ def test_choice_of_the_next_token():
         ({"block_size": 1}, "block_size must be at least 2, got .*'block_size': 1"),
         ({"dag_depth": 1.5}, "dag_depth must be of type int, got 1.5"),
         ({"n_expert": True}, "n_expert must be of type int, got True"),
-        ({"tie_embeddings": 1}, "tie_embeddings must be of type bool, got 1"),
         ({"rope_theta": math.nan}, "rope_theta must lie between 1 and 1e30, got .*nan"),
         ({"aggregator": "mean"}, "aggregator must be one of sum, dag.*, got .*'mean'"),
         ({"dag_gate": "relu"}, "dag_gate must be one of sigmoid, silu, got .*'relu'"),
