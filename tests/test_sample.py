@@ -257,7 +257,7 @@ def test_page_of_a_tree(call, browser, refused, monkeypatch):
         marks = [circle.get_attribute("class") for circle in figure.find_elements("css selector", "circle")]
         assert marks == 8 * ["leaf"] + ["right" if x == y else "wrong" for x, y in zip(read, inner, strict=True)]
         assert len({*marks}) > 1 and ", ".join(f"{100 * share:.0f} %" for share in shares) in figure.text
-    assert not browser.get_log("browser")
+    assert tree["read"][-1][-1] == tree["values"][-1] and not browser.get_log("browser")
 
 
 def test_statistics_equal_a_plain_loop(save, call, refused, corpus, monkeypatch):
