@@ -368,13 +368,15 @@ def train(run: Run) -> None:
         print(f"nothing left to do: {run.out_dir} is at step {state['step']} of {config.max_steps}")
     elif RANK == 0:
         print(f"{RANKS} x {run.device}; {cost['active']:,} of {cost['parameters']:,} parameters active per token")
-        print(f"{config.max_steps:,} steps of {step_tokens:,} tokens" + "; compiling takes a minute" * config.compile)
+        steps = f"steps {state['step']:,} to {config.max_steps:,} of {step_tokens:,} tokens of {config.dataset}"
+        print(f"{run.out_dir}: {steps}" + "; compiling takes a minute" * config.compile)
     if finished:
         return
 
     batch, stop, stopping = get_batch(run.data.train, model, config, state["step"]), StopRequest(), False
     since, then = time.perf_counter(), state["step"]  # of the end of the last evaluation
-    bar = tqdm(total=config.max_steps, initial=state["step"], unit=" tokens", unit_scale=step_tokens, disable=RANK > 0)
+    done, wanted = state["step"] * step_tokens, config.max_steps * step_tokens
+    bar = tqdm(total=wanted, initial=done, unit=" tokens", disable=RANK > 0)
     bar.mininterval = 0.2 if sys.stderr.isatty() else 10  # a log file wants fewer lines than a terminal
     with bar:
         while True:
@@ -413,7 +415,7 @@ def train(run: Run) -> None:
             state |= {"step": step + 1, "grad_norm": grad_norm.item()}
             state["losses"].append(loss)
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-            bar.update()
+            bar.update(step_tokens)
     if RANK == 0 and stopping:
         run.save()
         print(f"stopped after step {step} and saved; go on with --resume --out_dir={run.out_dir}")
@@ -433,8 +435,9 @@ def main() -> None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
         for pattern, meaning in EXPLAINED.items():
-            if isinstance(error, RuntimeError) and re.search(pattern, str(error), re.IGNORECASE):
-                error = ValueError(f"{meaning} ({' '.join(str(error).split())[-150:]})")
+            found = re.search(f"({pattern}).*", str(error), re.IGNORECASE | re.DOTALL)
+            if isinstance(error, RuntimeError) and found:
+                error = ValueError(f"{meaning} ({' '.join(found[0].split())[:150]})")
         raise error if isinstance(error, RuntimeError) else error.with_traceback(None) from None
     finally:
         if dist.is_initialized():
