@@ -221,7 +221,7 @@ def test_page_in_a_browser(save, call, browser, silu):
 
 def test_hand_made_graph_shows_exactly_its_open_edge(save, call, browser, corpus):
     """Experts 0 and 1 for every token, only the edge from 1 to 0 open: on the page, and in the table as E1→E0."""
-    model = randomize(make_model(n_layer=1, n_expert=4, top_k=2, dag_depth=1, dag_dim=2), std=0.0)
+    model = randomize(make_model(n_layer=1, n_expert=4, top_k=2, dag_depth=1, dag_dim=2, dag_gate="sigmoid"), std=0.0)
     moe, layer = model.blocks[0].moe, model.blocks[0].moe.aggregate.layers[0]
     model.embed.weight.data[:, 2] = 4.0  # all of h
     moe.router.weight.data[:, 2] = torch.tensor([1.1, 1.0, -9.0, -9.0])
