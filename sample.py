@@ -123,6 +123,7 @@ def write_page(path: Path, model: GPT, tokens: list[int], texts: list[str], n_pr
         expert, weight, beyond, *_ = depths[0]
         layers.append({"expert": expert.tolist(), "weight": plain(weight), "beyond": plain(beyond), "depths": edges})
     graph = {"gate": model.config.dag_gate, "tokens": texts[start:], "prompt": max(0, n_prompt - start)}
+    # `more` is what else the template draws (lab/tree_page.py gives it a tree).
     # "<" is written as JSON's \u003c, so that no token can end the script element in which the data stand.
     data = json.dumps(graph | {"layers": layers} | more, separators=(",", ":")).replace("<", "\\u003c")
     page = TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/null", data, 1).encode()
