@@ -108,6 +108,7 @@ def read_settings(argv: list[str]) -> dict:
     """Settings of the config files, each read as if its keys were --key=value, then of the command line, by key."""
     given, in_files = parse(argv), {}
     for path in given["config"]:
+        require(path.exists(), f"{path} does not exist; README.md lists the files in configs/")
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
             texts = {key: x if KINDS.get(key) is str else json.dumps(x, default=str) for key, x in values.items()}

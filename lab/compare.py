@@ -20,7 +20,7 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import NamedTuple
@@ -164,8 +164,8 @@ def evaluations_in(path: Path) -> list[Evaluation]:
     return rows
 
 
-def evaluations_of(out_dir: Path, dataset: str | None) -> list[Evaluation]:
-    """What a run's folder holds; with a dataset one evaluation, on that, with the last weights. Raises ValueError."""
+def evaluations_of(out_dir: Path) -> list[Evaluation]:
+    """What a run's folder holds. Raises ValueError."""
     model, checkpoint = train.load_checkpoint(out_dir / "ckpt.pt")
     config, cost = train.TrainConfig(**checkpoint["train_config"]), model.cost()
     arm, _, seed = out_dir.name.rpartition("-")
@@ -184,15 +184,7 @@ def evaluations_of(out_dir: Path, dataset: str | None) -> list[Evaluation]:
     run["training"], run["model"] = (hashlib.sha256(text).hexdigest()[:8] for text in texts)
     run |= {key: cost[key] for key in ("parameters", "active", "multiply_adds")}
     measured = [(row["tokens"], row["val_loss"], row["tokens_per_s"]) for row in checkpoint["log"]]
-    rows = [Evaluation(**run, at_token=n, val_loss=loss, tokens_per_s=speed) for n, loss, speed in measured]
-    if dataset is None or not rows:
-        return rows
-    data = open_dataset(dataset)
-    data.check_fits(checkpoint["encoding"], model.config.vocab_size, model.config.block_size)
-    device = train.choose_device("auto")
-    cast, config = train.autocast(device, config.dtype), replace(config, batch_size=32)
-    loss = train.evaluate(model.to(device), data, config, cast)["val_loss"]
-    return [rows[-1]._replace(evaluated_on=data.fingerprint["val"][:12], val_loss=loss, tokens_per_s=None)]
+    return [Evaluation(**run, at_token=n, val_loss=loss, tokens_per_s=speed) for n, loss, speed in measured]
 
 
 def finished(rows: list[Evaluation]) -> bool:
@@ -200,14 +192,13 @@ def finished(rows: list[Evaluation]) -> bool:
     return bool(rows) and rows[-1].at_token == rows[-1].tokens
 
 
-def collect_runs(paths: list[Path], dataset: str | None = None) -> Runs:
+def collect_runs(paths: list[Path]) -> Runs:
     """The evaluations of all runs in folders of runs and in CSV files. Raises ValueError if they can't be compared."""
     everything = []
     for path in paths:
-        require(path.is_dir() or not dataset, f"{path} holds no weights to be evaluated on {dataset}: give a folder")
         found = evaluations_in(path) if path.is_file() else []
         for checkpoint in sorted(path.glob("*/ckpt.pt")):
-            found += evaluations_of(checkpoint.parent, dataset)
+            found += evaluations_of(checkpoint.parent)
         require(found, f"{path} holds no runs: python -m lab.compare sweep lab/configs/ablation --out {path}")
         everything += found
     runs = {}
@@ -361,7 +352,6 @@ def main() -> None:
     for either in (table, plot):
         either.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="folders of runs, or files of --csv")
         either.add_argument("--against", default="sum", metavar="ARM", help="the arm to compare with (default: sum)")
-    table.add_argument("--on", metavar="DATASET", help="evaluate the last weights on this dataset instead")
     table.add_argument("--csv", type=Path, metavar="FILE.csv", help="write all evaluations there")
     plot.add_argument("png", type=Path, metavar="FILE.png")
     args, settings = parser.parse_known_args()
@@ -372,7 +362,7 @@ def main() -> None:
     require(not settings, f"unknown: {' '.join(settings)} (see python -m lab.compare {args.command} --help)")
     if args.command == "plot":
         return draw(args.png, collect_runs(args.paths), args.against)
-    runs = collect_runs(args.paths, args.on)
+    runs = collect_runs(args.paths)
     print_table(runs, args.against)
     if args.csv:
         write_csv(args.csv, runs)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from lab.graph import read_off, shares_right
-from lab.trees import PROBED, VALUES, Trial, draw_trees, make_tables, train_trial
+from lab.graph import shares_right
+from lab.trees import Trial, train_trial
 from prepare import Parser, require, run
 from sample import write_page
 
@@ -23,9 +23,7 @@ def main() -> None:
     page = parser.parse_args().page
     require(page.parent.is_dir() and not page.is_dir(), f"{page} must be a file in a folder that exists")
     torch.set_num_threads(1)
-    trial, model = train_trial(Trial("dag2_silu"))
-    tokens, levels = draw_trees(make_tables(trial.depth, trial.draw), PROBED, torch.Generator().manual_seed(0))
-    rows = read_off(model, tokens, levels, VALUES)
+    _, model, (tokens, levels, rows) = train_trial(Trial("dag2_silu"))
     root = rows[-1][-1]
     i = (root == levels[-1][-len(root) :]).flatten().tolist().index(True) - len(root)  # counted from the end
     tree = {

@@ -11,16 +11,14 @@ its only attention gathers is then worked off by its only MoE, most easily in `d
 
 import argparse
 import csv
-import math
 import time
 import tomllib
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm, trange
 
@@ -35,8 +33,9 @@ from train import TrainConfig, learning_rate, make_optimizer
 RESULTS = Path(__file__).parent / "results/trees.csv"
 ARMS = tomllib.loads(Path(__file__).with_name("configs").joinpath("trees.toml").read_text(encoding="utf-8"))
 BASE = ARMS.pop("base")
-MAIN = list(ARMS)[:8]
+MAIN = ("sum", "sum_compute", "series", "dag2_silu", "dag2_sigmoid", "dag1_silu", "dag1_sigmoid")  # with more trials
 VALUES, BATCH, POINTS, PROBED = 6, 256, 20, 12_288  # V; trees per step; evaluations of a trial; trees to read off
+LONG = {"sum": (40_000, 64_000), "series": (40_000,), "dag1_silu": (40_000,), "dag2_silu": (40_000,)}  # more steps
 RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3)  # each arm gets the one that serves it best
 
 
@@ -73,21 +72,21 @@ def draw_trees(tables: list[Tensor], count: int, generator: torch.Generator) -> 
         levels.append(table[torch.arange(len(table)), left, right])
     n = levels[0].shape[1]
     tokens = VALUES * torch.arange(n) + levels[0]  # that tell each leaf's place, so that attention can gather them
-    return F.pad(tokens, (0, 1), value=VALUES * n), levels
+    return nn.functional.pad(tokens, (0, 1), value=VALUES * n), levels
 
 
 def make_model(trial: Trial) -> GPT:
     """An untrained model. Those of one seed share the first weights of what they have in common."""
     torch.manual_seed(trial.seed)
-    n = 2**trial.depth
+    n = 2**trial.depth  # leaves
     return GPT(ModelConfig(vocab_size=VALUES * n + 1, block_size=n + 1, **BASE | ARMS[trial.arm]))
 
 
 def answer(model: GPT, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """tokens (B, T) → logits (B, vocab_size) at the last one, its router's balance loss and z-loss.
+    """tokens (B, T) → logits (B, vocab_size) at the last one, and its router's balance loss and z-loss.
 
-    As GPT.forward has them, in a sixth of the time: only the last token goes through the MoE; and as a token has one
-    place, and "=" is always the last, one query is enough, and one key and value for each token of the vocabulary.
+    The logits are GPT.forward's, in a sixth of the time: only the last token goes through the MoE; and as a token has
+    one place, and "=" is always the last, one query is enough, and one key and value for each token of the vocabulary.
     """
     block, attention, vocab_size = model.blocks[0], model.blocks[0].attention, model.config.vocab_size
     rope = rope_table(torch.arange(vocab_size) // VALUES, attention.head_dim, model.config.rope_theta)
@@ -96,14 +95,14 @@ def answer(model: GPT, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (project(x).unflatten(1, (-1, attention.head_dim)).transpose(0, 1) for project in projections)
     score = rotate(q, rope)[:, -1:] @ rotate(k, rope).mT / attention.head_dim**0.5  # (heads, 1, vocab_size)
     present = torch.zeros(len(tokens), vocab_size, dtype=torch.bool).scatter(1, tokens, True)
-    weight = score.masked_fill(~present, -math.inf).softmax(dim=-1)  # (heads, B, vocab_size)
+    weight = score.masked_fill(~present, -torch.inf).softmax(dim=-1)  # (heads, B, vocab_size)
     h = model.embed.weight[-1] + attention.o_proj((weight @ v).transpose(0, 1).flatten(1))  # (B, C)
     h, (balance, z, _) = block.moe(h.unsqueeze(1))
     return model.head(model.norm(h)).squeeze(1), balance, z
 
 
-def train_trial(trial: Trial) -> tuple[Trial, GPT]:
-    """Train on random trees, evaluate on others. Returns the trial with what became of it, and the model."""
+def train_trial(trial: Trial) -> tuple[Trial, GPT, tuple]:
+    """Train on random trees, evaluate on others. Returns what became of it, the model, and what is read off trees."""
     model, tables = make_model(trial), make_tables(trial.depth, trial.draw)
     generator = torch.Generator().manual_seed(1000 * trial.draw + trial.seed)
     config = TrainConfig(learning_rate=trial.rate, min_lr=trial.rate / 10, warmup_steps=200, max_steps=trial.steps)
@@ -113,7 +112,7 @@ def train_trial(trial: Trial) -> tuple[Trial, GPT]:
     for step in trange(trial.steps, desc=f"{trial.arm}, seed {trial.seed}", unit="step", mininterval=1, leave=False):
         tokens, levels = draw_trees(tables, BATCH, generator)
         logits, balance, z = answer(model, tokens)
-        loss = F.cross_entropy(logits, levels[-1].squeeze(1))
+        loss = nn.functional.cross_entropy(logits, levels[-1].squeeze(1))
         (loss + config.balance_coef * balance + config.z_coef * z).backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         for group in optimizer.param_groups:
@@ -135,7 +134,7 @@ def train_trial(trial: Trial) -> tuple[Trial, GPT]:
         curve=" ".join(f"{share:.4f}" for share in curve),
         probe="|".join(" ".join(f"{share:.4f}" for share in shares_right(row, levels[1:])) for row in rows),
     )
-    return trial, model
+    return trial, model, (tokens, levels, rows)
 
 
 def read_trials() -> list[Trial]:
@@ -153,34 +152,35 @@ def run_missing(trials: list[Trial]) -> None:
     """Run those that are not in lab/results/trees.csv yet, and add a row for each when it is done."""
     done = {trial[:6] for trial in read_trials()}
     for trial in tqdm([trial for trial in trials if trial[:6] not in done], unit="trial", leave=False):
-        trial, _ = train_trial(trial)
+        trial, *_ = train_trial(trial)
         with RESULTS.open("a", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows([trial] if file.tell() else [Trial._fields, trial])
 
 
+def rates_by_merit(arm: str, trials: list[Trial]) -> list[float]:
+    """The best last: by the number, then the accuracy of an arm's trials that are to choose a rate, those on draw 0."""
+    shares = {r: [t.accuracy for t in trials if (t.arm, t.draw, t.rate) == (arm, 0, r)] for r in RATES}
+    return sorted(RATES, key=lambda rate: (len(shares[rate]), fmean(shares[rate] or [0.0])))
+
+
 def run_arm(arm: str) -> None:
     """Choose an arm's rate on tables of their own, draw 0; then run all other trials with it."""
-    run_missing([Trial(arm, draw=0, seed=seed, rate=rate) for rate in RATES for seed in (1, 2)])
-    rate = best_rate(arm, read_trials())
-    trials = [Trial(arm, draw=d, seed=s, rate=rate) for d in (1, 2, 3) for s in range(1, 6 if arm in MAIN else 2)]
-    if arm in MAIN:
-        long = (40_000, 64_000) if arm == "sum" else (40_000,)  # sum takes as long for 64,000 as dag2 for 40,000
-        trials += [Trial(arm, seed=seed, steps=steps, rate=rate) for steps in long for seed in (1, 2)]
-    if arm in ("sum", "series", "dag1_silu", "dag2_silu", "dag3_silu", "dag4_silu"):  # trees of other depths, too
-        trials += [Trial(arm, depth=depth, seed=seed, rate=rate) for depth in (2, 4) for seed in (1, 2, 3)]
-        trials += [Trial(arm, steps=20, rate=rate)]  # hardly trained: what can be read off random nodes
-    run_missing(trials)
-
-
-def best_rate(arm: str, trials: list[Trial]) -> float:
-    """The one that served the arm best in the trials that are to choose it; without any, in all."""
-    found = [t for t in trials if t.arm == arm and t.draw == 0] or [t for t in trials if t.arm == arm]
-    return max(RATES, key=lambda rate: fmean([t.accuracy for t in found if t.rate == rate] or [-1.0]))
+    seeds = range(1, 6 if arm in MAIN else 2)
+    run_missing([Trial(arm, draw=0, seed=seed, rate=rate) for rate in RATES for seed in seeds[:2]])
+    better = rates_by_merit(arm, [trial for trial in read_trials() if trial.seed in seeds[:2]])[-2:]
+    run_missing([Trial(arm, draw=0, seed=seed, rate=rate) for rate in better for seed in seeds[2:]])
+    rate = rates_by_merit(arm, read_trials())[-1]
+    run_missing([Trial(arm, draw=draw, seed=seed, rate=rate) for draw in (1, 2, 3) for seed in seeds])
+    run_missing([Trial(arm, seed=seed, steps=steps, rate=rate) for steps in LONG.get(arm, ()) for seed in (1, 2)])
+    run_missing([Trial(arm, depth=depth, seed=s, rate=rate) for depth in (2, 4) for s in (1, 2, 3) if arm in LONG])
 
 
 def by_arm(trials: list[Trial], depth: int, steps: int) -> dict[str, list[Trial]]:
     """Those with trees of this depth and so many steps at their arm's best rate, without the ones that chose it."""
-    group = [t for t in trials if t.draw > 0 and (t.depth, t.steps, t.rate) == (depth, steps, best_rate(t.arm, trials))]
+    group = [t for t in trials if (t.depth, t.steps) == (depth, steps)]
+    least = {arm: min(t.seconds for t in group if t.arm == arm) for arm in {t.arm for t in group}}  # machines differ
+    best = {arm: rates_by_merit(arm, trials)[-1] for arm in least}
+    group = [t._replace(seconds=least[t.arm]) for t in group if t.draw > 0 and t.rate == best[t.arm]]
     return {arm: [t for t in group if t.arm == arm] for arm in ARMS if any(t.arm == arm for t in group)}
 
 
@@ -191,34 +191,32 @@ def mean_probe(trials: list[Trial]) -> np.ndarray:
 
 def print_table(trials: list[Trial]) -> None:
     """For each depth of the tree and number of steps a row per arm, and what can be read off the nodes of graphs."""
-    print("parameters, multiply-adds, rate, trials, accuracy, less sum's, worst, seconds; ± half of 95 % intervals")
+    print("parameters, multiply-adds, rate, trials, accuracy, worst, less sum's, seconds; ± half of 95 % intervals")
     for depth, steps in sorted({(trial.depth, trial.steps) for trial in trials}):
         arms = by_arm(trials, depth, steps)
-        of_sum = {trial[2:4]: trial.accuracy for trial in arms.get("sum", [])}
+        of_sum = {(trial.draw, trial.seed): trial.accuracy for trial in arms.get("sum", [])}
         print(f"trees of depth {depth}, {steps:,} steps")
         for arm, found in arms.items():
-            shares = [trial.accuracy for trial in found]
-            gaps = [trial.accuracy - of_sum[trial[2:4]] for trial in found if trial[2:4] in of_sum] or [math.nan]
-            print(
-                f"{arm:16}{found[0].parameters:9,}{found[0].multiply_adds:9,}{found[0].rate:8g}{len(found):4}"
-                f"{fmean(shares):8.3f} ± {half_width(shares):.3f}{fmean(gaps):+9.3f} ± {half_width(gaps):.3f}"
-                f"{min(shares):8.3f}{median(trial.seconds for trial in found):7.0f}"
-            )
-            if found[0].probe:
+            first, shares = found[0], [trial.accuracy for trial in found]
+            gaps = [t.accuracy - of_sum[t.draw, t.seed] for t in found if (t.draw, t.seed) in of_sum] or [torch.nan]
+            print(f"{arm:16}{first.parameters:9,}{first.multiply_adds:9,}{first.rate:8g}{len(found):4}", end="")
+            print(f"{fmean(shares):8.3f} ± {half_width(shares):.3f}{min(shares):8.3f}", end="")
+            print(f"{fmean(gaps):+9.3f} ± {half_width(gaps):.3f}{first.seconds:7.0f}")
+            if first.probe:
                 print(f"{'':16}leaves, nodes by depth; by level:", *mean_probe(found).round(2).tolist())
 
 
-def draw(path: Path, trials: list[Trial]) -> None:
+def draw_picture(path: Path, trials: list[Trial]) -> None:
     """Accuracy against steps, compute and time, and what can be read off dag2's nodes, as PNG. Raises ValueError."""
-    figure, colors = new_figure(13, 9), ["C0", "C9", "C2", "C8", "C4", "C5", "C1", "C3"]  # of MAIN
+    figure = new_figure(13, 9)
     *curves, nodes = figure.subplots(2, 2).flat
     for steps, line in ((12_000, "-"), (40_000, ":")):
         for arm, found in by_arm([t for t in trials if t.arm in MAIN], 3, steps).items():
             share = np.array([trial.curve.split() for trial in found], dtype=float).mean(axis=0)
             compute = 3e-12 * steps * BATCH * found[0].multiply_adds
-            for axis, end in zip(curves, (steps, compute, median(trial.seconds for trial in found)), strict=True):
-                at, color = np.arange(1, POINTS + 1) / POINTS * end, colors[MAIN.index(arm)]
-                axis.plot(at, share, line, color=color, label=arm if line == "-" else None)
+            for axis, end in zip(curves, (steps, compute, found[0].seconds), strict=True):
+                at = np.arange(1, POINTS + 1) / POINTS * end
+                axis.plot(at, share, line, color=f"C{MAIN.index(arm)}", label=arm if line == "-" else None)
     for axis, label in zip(curves, ("steps", "10¹² multiply-adds, with gradients", "seconds"), strict=True):
         axis.set(xlabel=label, ylabel="accuracy")
     curves[0].legend(fontsize="small", ncols=2)
@@ -238,12 +236,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.full is None and not args.plot:
-        return print_table([train_trial(Trial(arm, steps=8_000))[0] for arm in ("sum", "dag2_silu", "series")])
+        for arm in ("sum", "dag2_silu", "series"):
+            print(f"{arm:12}{train_trial(Trial(arm, steps=8_000, rate=RATES[0]))[0].accuracy:.3f}", flush=True)
+        return
     for arm in ARMS if args.full == [] else args.full or []:
         run_arm(arm)
     print_table(trials := read_trials())
     if args.plot:
-        draw(args.plot, trials)
+        draw_picture(args.plot, trials)
 
 
 if __name__ == "__main__":

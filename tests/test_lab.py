@@ -19,9 +19,8 @@ import torch
 import train
 from lab import compare, cost
 from model import FEED_FORWARD, GPT, ModelConfig
-from prepare import open_dataset, prepare
 from tests import reference
-from tests.conftest import REPOSITORY, TINY_RUN, make_corpus
+from tests.conftest import REPOSITORY, TINY_RUN
 from tests.reference import assert_same, randomize, results_and_gradients, rms_norm, tiny_config
 
 ABLATION = REPOSITORY / "lab/configs/ablation"
@@ -198,7 +197,6 @@ def test_what_can_not_be_compared_is_refused(refused, workdir):
     if Path("/dev/full").exists():
         refused("no space left for /dev/full: make room", compare, "table", "a.csv", "--csv=/dev/full")
     refused("no run of 'dag' is finished; there are runs of sum", compare, "table", "a.csv", "--against=dag")
-    refused("a.csv holds no weights to be evaluated on tiny", compare, "table", "a.csv", "--on=tiny")
     refused("nowhere holds no runs: python -m lab.compare sweep", compare, "table", "nowhere")
     for column, value in (("val_loss", ""), ("val_loss", "nan"), ("arm", ""), ("seed", "x"), ("arm", "a" * 200_000)):
         compare.write_csv(Path("bad.csv"), {"": [evaluation("sum", 2, 1000, 1.0)._replace(**{column: value})]})
@@ -214,20 +212,15 @@ def test_what_can_not_be_compared_is_refused(refused, workdir):
 
 
 def test_runs_are_read_from_their_folders(corpus, call, refused):
-    """Rows are those of the log, with the model's size; on another dataset it is the last weights' loss there."""
+    """Rows are those of the log, with the model's size."""
     for arm in ("sum", "mlp"):
         assert call(train, *SMALL, f"--aggregator={arm}", "--seed=1", f"--out_dir=out/all/{arm}-1")[0] == 0
     Path("out/all/mlp-1/best.pt").unlink()  # it is the last checkpoint that counts
-    rows = compare.evaluations_of(Path("out/all/mlp-1"), None)
+    rows = compare.evaluations_of(Path("out/all/mlp-1"))
     model, checkpoint = train.load_checkpoint(Path("out/all/mlp-1/ckpt.pt"))
     log = [(row["tokens"], row["val_loss"]) for row in checkpoint["log"]]
     assert [(row.at_token, row.val_loss) for row in rows] == log and [tokens for tokens, _ in log] == [0, 192, 384]
     assert rows[0].parameters == model.cost()["parameters"] and rows[0].tokens == 384
-    make_corpus(Path("more"), documents=150)
-    prepare(["more"], name="other", encoding="bytes")
-    config, cast = train.TrainConfig(**checkpoint["train_config"]), train.autocast(torch.device("cpu"))
-    loss = train.evaluate(model, open_dataset("other"), config, cast)["val_loss"]
-    assert f" {loss:.4f} " in re.search("mlp.*", call(compare, "table", "out/all", "--on=other")[1])[0]
     Path("out/all/mlp-1").rename("out/all/mlp-7")
     refused("out/all/mlp-7 should be called ARM-1, for that is its seed", compare, "table", "out/all")
     out = call(cost, "sample", "out/all/sum-1", "--new-tokens=20", "--repeats=1")[1]

@@ -16,8 +16,7 @@ import torch
 
 import prepare
 import sample
-from lab import graph, tree_page
-from lab.trees import make_model as make_tree_model
+from lab import graph, tree_page, trees
 from model import GATES, GPT, ModelConfig, rope_table
 from tests.reference import randomize
 from train import spaced_offsets
@@ -243,8 +242,8 @@ def test_hand_made_graph_shows_exactly_its_open_edge(save, call, browser, corpus
 def test_page_of_a_tree(call, browser, refused, monkeypatch):
     """Opens at "=": the tree with its values, and what is read at each depth, right and wrong told apart."""
     refused("must be a file in a folder that exists", tree_page, "a/b.html")
-    monkeypatch.setattr(tree_page, "PROBED", 300)
-    monkeypatch.setattr(tree_page, "train_trial", lambda trial: (trial, randomize(make_tree_model(trial))))
+    monkeypatch.setattr(trees, "PROBED", 300)
+    monkeypatch.setattr(tree_page, "train_trial", lambda trial: trees.train_trial(trial._replace(steps=20)))
     assert call(tree_page, "page.html")[0] == 0
     tree = page_data()["tree"]
     leaves, *inner = tree["values"][0], *chain(*tree["values"][1:])
