@@ -6,7 +6,7 @@ of a graph that is L edges deep. At every depth each node receives a message fro
 through gates that a light module computes per token.
 
 First comes the graph, then the router and the experts that feed it, then the transformer around them. Equation numbers
-are the paper's; what differs from it is marked "Departure". The seam, in class MoE:
+are the paper's; README.md lists what differs from it, and why. The seam, in class MoE:
 
     gate, expert, aux = router(x)             # (S, K), (S, K)
     out = experts(x, expert)                  # (S, K, C), one slot per selected expert
@@ -95,7 +95,7 @@ def check_types(config, may_be_zero: tuple[str, ...]) -> None:
 def pairwise(linear: nn.Linear, z: Tensor) -> Tensor:
     """W concat(z_i, z_j) = W₁ z_i + W₂ z_j of Eq. 8 for all pairs: z (S, K, D), W (D, 2D) → (S, K, K, D), [s, i, j]."""
     w1, w2 = linear.weight.chunk(2, dim=1)
-    return F.linear(z, w1).unsqueeze(2) + F.linear(z, w2).unsqueeze(1)
+    return F.linear(z, w1).unsqueeze(2) + F.linear(z, w2).unsqueeze(1)  # (S, K, 1, D) of i + (S, 1, K, D) of j
 
 
 class DAGLayer(nn.Module):
@@ -114,14 +114,14 @@ class DAGLayer(nn.Module):
 
     def edges(self, node: Tensor) -> tuple[Tensor, Tensor]:
         """node (S, K, C) → gates e and messages m, both (S, K, K, D): [s, i, j] is the edge from node j to node i."""
-        z = self.w_down(self.norm(node))  # Eq. 7, (S, K, D). Departure: RMSNorm, as in the backbone, for LN
-        e = self.sigma(pairwise(self.w_edge, z))  # Eq. 9: one soft gate per channel
+        z = self.w_down(self.norm(node))  # Eq. 7, (S, K, D), with RMSNorm for LN
+        e = self.sigma(pairwise(self.w_edge, z))  # Eq. 9, (S, K, K, D): an edge's own gate for each channel
         m = e * pairwise(self.w_node, z)  # Eq. 10
         return e, m
 
     def forward(self, node: Tensor) -> Tensor:
         """n^(l-1) → n^l, both (S, K, C)."""
-        _, m = self.edges(node)
+        _, m = self.edges(node)  # (S, K, K, D)
         return node + self.w_up(m.sum(dim=2))  # Eq. 11: Σ_j m_ij
 
 
@@ -177,7 +177,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """Stacked SwiGLU networks, down(SiLU(gate x) ⊙ up x) (Shazeer 2020). Dropping slots would leak the future."""
+    """Stacked SwiGLU networks, down(SiLU(gate x) ⊙ up x) (Shazeer 2020). No slot is ever dropped."""
 
     def __init__(self, config: ModelConfig, n_expert: int, hidden_dim: int):
         super().__init__()

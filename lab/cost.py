@@ -1,6 +1,6 @@
 """What it costs, side by side in one run: parameters, multiply-adds, time, memory.
 
-python -m lab.cost step configs/quickstart.toml                   # a training step with each aggregator
+python -m lab.cost step configs/quickstart.toml                   # a training step with eight aggregators
 python -m lab.cost layer --dtype=bfloat16 --n_expert=64           # one feed-forward layer; --block_size is its tokens
 python -m lab.cost sample out/quickstart                          # sampling with the key/value cache against without
 """
@@ -126,20 +126,20 @@ def layer_row(model_config: ModelConfig, config: train.TrainConfig) -> Row:
 
 
 def measure_step(args: argparse.Namespace, arguments: list[str]) -> None:
-    """Print what a training step costs with each aggregator, all else equal."""
+    """Print what a training step costs with the comparison's aggregators, all else equal."""
     settings = train.read_settings(arguments)
     config = train.make_config(train.TrainConfig, settings)
     settings = {"vocab_size": open_dataset(config.dataset).meta["vocab_size"]} | settings  # as in training
     base = train.make_config(ModelConfig, settings | {"shared_dim": 0})
-    plain = ("sum", "mlp", "dense", "coe")[: 4 - base.top_k % 2]  # coe needs an even K
-    changes = {name: {"aggregator": name} for name in plain}
+    changes = {name: {"aggregator": name} for name in ("sum", "series", "mlp", "dense")}
+    changes |= {"coe": {"aggregator": "coe"}} if base.top_k % 2 == 0 else {}
     changes["shared"] = {"aggregator": "sum", "shared_dim": base.n_embd // 2}
     changes |= {f"dag L={depth}": {"aggregator": "dag", "dag_depth": depth} for depth in (1, 2)}
     print_costs({name: step_row(replace(base, **c), config) for name, c in changes.items()}, config, args.repeats)
 
 
 def measure_layer(args: argparse.Namespace, arguments: list[str]) -> None:
-    """Print what one feed-forward layer costs with each aggregator."""
+    """Print what one feed-forward layer costs with two graphs, without one, and without experts."""
     settings = train.read_settings([*LAYER, *arguments])
     config, base = (train.make_config(kind, settings) for kind in (train.TrainConfig, ModelConfig))
     print_costs({name: layer_row(replace(base, **c), config) for name, c in LAYERS.items()}, config, args.repeats)

@@ -167,7 +167,7 @@ def run_arm(arm: str) -> None:
     """Choose an arm's rate on tables of their own, draw 0; then run all other trials with it."""
     seeds = range(1, 6 if arm in MAIN else 2)
     run_missing([Trial(arm, draw=0, seed=seed, rate=rate) for rate in RATES for seed in seeds[:2]])
-    better = rates_by_merit(arm, [trial for trial in read_trials() if trial.seed in seeds[:2]])[-2:]
+    better = rates_by_merit(arm, read_trials())[-2:]
     run_missing([Trial(arm, draw=0, seed=seed, rate=rate) for rate in better for seed in seeds[2:]])
     rate = rates_by_merit(arm, read_trials())[-1]
     run_missing([Trial(arm, draw=draw, seed=seed, rate=rate) for draw in (1, 2, 3) for seed in seeds])
@@ -207,7 +207,7 @@ def print_table(trials: list[Trial]) -> None:
 
 
 def draw_picture(path: Path, trials: list[Trial]) -> None:
-    """Accuracy against steps, compute and time, and what can be read off dag2's nodes, as PNG. Raises ValueError."""
+    """Accuracy against steps, compute and time; what can be read off dag2_silu's nodes. A PNG. Raises ValueError."""
     figure = new_figure(13, 9)
     *curves, nodes = figure.subplots(2, 2).flat
     for steps, line in ((12_000, "-"), (40_000, ":")):

@@ -262,7 +262,7 @@ def test_costs_are_printed(corpus, call):
     assert math.isnan(peaks[1]) or 90 < peaks[1] < 130, "the second must not see the first one's"
     out = call(cost, "step", "--repeats=1", *SMALL)[1]
     rows = {line[:16].strip(): line[16:].split() for line in out.splitlines()[2:]}
-    assert list(rows) == ["sum", "mlp", "dense", "coe", "shared", "dag L=1", "dag L=2"]
+    assert list(rows) == ["sum", "series", "mlp", "dense", "coe", "shared", "dag L=1", "dag L=2"]
     shared = GPT(config_of(*SMALL, "--aggregator=sum", "--shared_dim=8")).cost()
     assert rows["shared"][:2] == [f"{shared['parameters']:,}", f"{shared['multiply_adds']:,}"]
     assert rows["sum"][2] == rows["sum"][4] == "1.00" and rows["sum"][5] == "(1.00-1.00)"
