@@ -424,6 +424,8 @@ def test_bad_settings_are_refused(corpus, refused):
         ("nested.toml: unknown setting --model", "nested.toml"),
         ("none.toml does not exist", "none.toml"),
         ("argument --n_layer: invalid int value: 'two'", "--n_layer=two"),
+        ("unknown setting --n_layr=3; the nearest key is n_layer", "--n_layr=3"),
+        ("max_steps must be at least 1 and below 2**31", "--max_steps=0"),
         ("argument --compile: invalid choice: 'maybe'", "--compile=maybe"),
         ("top_k must not exceed n_expert", "--top_k=9"),
         ("n_embd must be at least 1 and below 2**31", f"--n_embd={10**30}"),
