@@ -23,7 +23,7 @@ from prepare import Parser, open_dataset, run
 from sample import Depth, check_graph, observe, within
 from train import autocast, choose_device, load_checkpoint, spaced_offsets, windows
 
-PAIRS = 100  # a pair of experts that fewer tokens have selected has no say
+MIN_TOKENS = 100  # a pair of experts that fewer tokens have selected has no say
 BATCH = 4096  # tokens looked at together
 
 
@@ -39,7 +39,7 @@ class Statistics(NamedTuple):
     incoming: float  # effective number of a node's incoming edges, 1 / Σ_j share_ij²: 1 to K
     update: float  # ‖W_up Σ_j m_ij‖ / ‖n_i‖
     beyond: float  # of the layer: ‖h' - h - Σ_i g_i E_i(x)‖ / ‖h' - h‖
-    strength: Tensor  # (E, E) mean ‖m_ij‖ [expert that receives, expert that sends], NaN where rarer than PAIRS
+    strength: Tensor  # (E, E) mean ‖m_ij‖ [expert that receives, expert that sends], NaN where rarer than MIN_TOKENS
 
 
 def measure(depth: Depth) -> Tensor:
@@ -91,7 +91,7 @@ def graph_statistics(model: GPT, tokens: np.ndarray, wanted: int) -> list[list[S
     def finish(mean: Tensor, pair: Tensor) -> Statistics:
         gate, square, *others = mean.tolist()
         total, count = pair.view(2, c.n_expert, c.n_expert)
-        strength = torch.where(count >= PAIRS, total / count, math.nan)
+        strength = torch.where(count >= MIN_TOKENS, total / count, math.nan)
         return Statistics(gate, max(0.0, square - gate**2) ** 0.5, *others, strength)
 
     return [[finish(means[i, d], pairs[i, d]) for d in range(c.dag_depth)] for i in range(c.n_layer)]

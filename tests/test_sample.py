@@ -279,7 +279,7 @@ def test_statistics_equal_a_plain_loop(save, call, refused, corpus, monkeypatch)
                 found["alike"].append(torch.cosine_similarity(before[s, i], before[s, j], dim=0))
             if expert[s, i] == 2 and expert[s, j] == 4:
                 found["strength"].append(size[j])
-    monkeypatch.setattr(graph, "PAIRS", len(found["strength"]))
+    monkeypatch.setattr(graph, "MIN_TOKENS", len(found["strength"]))
     monkeypatch.setattr(graph, "BATCH", 7 * 32)  # several batches, the last of which is smaller
     row = graph.graph_statistics(model, tokens, 1600)[1][1]
     assert row.spread == pytest.approx(np.std(found["gate"]), rel=1e-3)
