@@ -3,7 +3,7 @@
     python prepare.py stdlib               # Python's own standard library: on every machine, no download
     python prepare.py tinystories          # downloads 2.3 GB of short stories
     python prepare.py openwebtext          # downloads 13 GB of web pages
-    python prepare.py notes.txt novels/    # your own text: files, and folders searched for --pattern
+    python prepare.py notes.txt novels/ --name mine    # your own text: files, and folders searched for --pattern
 
 A .bin is a flat array of token ids, <|endoftext|> after every document. Text flows in one direction and is never held
 whole: a source yields pieces of documents, threads turn them into ids, one writer appends the ids to their split.
@@ -179,7 +179,7 @@ def read_blocks(path: Path) -> Iterator[tuple[str, bool]]:
                 text = following
         except UnicodeDecodeError as error:
             offset = file.buffer.tell() - len(error.object) + error.start
-            raise ValueError(f"{path} is not UTF-8 at offset {offset}: convert it, for example with iconv") from error
+            raise ValueError(f"{path} is not UTF-8 at offset {offset}: leave it out, or convert it") from error
 
 
 def find_files(arguments: list[str], pattern: str) -> list[Path]:
@@ -319,11 +319,11 @@ def prepare(
     """Prepare a known dataset (one name) or files and folders; returns meta.json. Raises ValueError and OSError."""
     require(0 < val_fraction < 1, f"--val-fraction must lie between 0 and 1, got {val_fraction}")
     require(workers is None or workers > 0, f"--workers must be at least 1, got {workers}")
-    name = name or Path(what[0]).resolve().name.removesuffix(".txt")
+    require(name or what[0] in KNOWN, f"{what[0]} is not one of {', '.join(KNOWN)}; text of your own needs a --name")
+    name = name or what[0]
     require(what == [name] or name not in KNOWN, f"{name} is the name of a known dataset; choose another --name")
     require(re.fullmatch(r"\w[\w.-]*", name, re.ASCII), f"{name!r} can't be a --name (letters, digits, _ . -)")
     require(what[0] in KNOWN[1:] or not base_url, "--base-url is for tinystories and openwebtext")
-    encoding = get_encoding(encoding or ("bytes" if what == ["stdlib"] else "gpt2"))
     folder = DATA / name
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob("unfinished-*"):
@@ -337,6 +337,7 @@ def prepare(
             size, pieces = 40e9, read_openwebtext(source)
         else:
             source, size, pieces = read_local(what, pattern, Path(made), val_fraction, seed)
+        encoding = get_encoding(encoding or ("bytes" if what == ["stdlib"] else "gpt2"))
         meta = {"name": name, "source": source, "val_fraction": val_fraction, "seed": seed, "encoding": encoding.name}
         meta |= {"vocab_size": encoding.n_vocab, "dtype": np.min_scalar_type(encoding.n_vocab - 1).name}
         meta["splits"] = write_bins(pieces, size, Path(made), encoding, workers or os.cpu_count())
@@ -405,7 +406,7 @@ def open_dataset(name: str) -> Dataset:
 def main() -> None:
     parser = Parser(prog="prepare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", metavar="NAME_OR_PATH", help=f"{', '.join(KNOWN)}; or files and folders")
-    parser.add_argument("--name", help="the dataset's name (default: the known dataset's, or the first path's)")
+    parser.add_argument("--name", help="what to call your own text; data/NAME is replaced if it is there")
     parser.add_argument("--encoding", help="bytes, or a tiktoken encoding (default: bytes for stdlib, else gpt2)")
     parser.add_argument("--pattern", default="*.txt", help="which files of a folder are documents (default: *.txt)")
     parser.add_argument("--val-fraction", type=float, default=0.1, help="share for val unless published (default: 0.1)")

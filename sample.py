@@ -182,8 +182,8 @@ def parse_arguments() -> argparse.Namespace:
     args.prompt = args.prompt or [""]  # a new document
     if args.dag and (len(args.prompt) > 1 or args.num_samples > 1):
         parser.error("--dag shows one text: give one --prompt, and no --num-samples")
-    if args.dag and (args.dag.is_dir() or not args.dag.parent.is_dir()):
-        parser.error(f"--dag must name a file in a folder that exists, got {str(args.dag)!r}")
+    if args.dag and (args.dag.suffix != ".html" or args.dag.is_dir() or not args.dag.parent.is_dir()):
+        parser.error(f"--dag must name a .html file in a folder that exists, got {str(args.dag)!r}")
     return args
 
 

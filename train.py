@@ -108,7 +108,7 @@ def read_settings(argv: list[str]) -> dict:
     """Settings of the config files, each read as if its keys were --key=value, then of the command line, by key."""
     given, in_files = parse(argv), {}
     for path in given["config"]:
-        require(path.exists(), f"{path} does not exist; README.md lists the files in configs/")
+        require(path.exists() and not path.is_dir(), f"there is no config file {path}; try configs/quickstart.toml")
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
             texts = {key: x if KINDS.get(key) is str else json.dumps(x, default=str) for key, x in values.items()}
@@ -305,7 +305,7 @@ class Run:
         require(c.grad_accum % RANKS == 0, f"grad_accum ({c.grad_accum}) must be a multiple of the {RANKS} ranks")
         self.cast = autocast(self.device, c.dtype)
         if c.dataset in KNOWN and RANK == 0 and not (DATA / c.dataset / "meta.json").exists():
-            print(f"dataset {c.dataset!r} is not there yet: python prepare.py {c.dataset}", flush=True)
+            print(f"dataset {c.dataset!r} is not there yet, so first python prepare.py {c.dataset} is run", flush=True)
             prepare([c.dataset])
         if RANKS > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(hours=2))

@@ -87,7 +87,7 @@ def test_fewer_than_100_documents_are_cut_once(workdir, monkeypatch):
         assert len(documents["train"] + documents["val"]) <= len(names) + 1
         assert all(text.endswith(b"\n") for text in documents["train"])
     monkeypatch.setattr(prepare, "BLOCK", 50)  # 300 bytes in a block of a long line, 2,701 bytes for train
-    prepare.prepare(["line.txt"], encoding="bytes", val_fraction=0.0996)
+    prepare.prepare(["line.txt"], name="line", encoding="bytes", val_fraction=0.0996)
     assert [len(text.decode()) for (text,) in read("line").values()] == [901, 99], "no line end: after a character"
 
 
@@ -117,25 +117,25 @@ def test_large_vocabulary(workdir, monkeypatch):
     wide = tiktoken.Encoding("wide", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special)
     monkeypatch.setattr(prepare, "get_encoding", lambda name: wide)
     Path("a.txt").write_text("<|fim_prefix|><|endoftext|>\n" * 9)
-    assert prepare.prepare(["a.txt"])["dtype"] == "uint32"
+    assert prepare.prepare(["a.txt"], name="a")["dtype"] == "uint32"
     assert read("a")["train"] == [b"<|fim_prefix|><|endoftext|>\n" * 8]
 
 
 def test_files_folders_and_patterns(workdir, call):
-    """Folders are searched for --pattern, files are taken as they are, none twice; the name is the first path's."""
+    """Folders are searched for --pattern, files are taken as they are, none twice."""
     make_corpus(workdir / "src", 3)
     (workdir / "src" / "code.py").write_text("print('hello')\n" * 20)
     (workdir / "extra.md").write_text("# extra\n")
     status, out, error = call(prepare, ".", "--encoding=bytes", "--pattern=*.py", "--name=py")
     assert status == 0 and re.search(r"train +1 +270 +90.0%.*\nval +1 +30 +10.0%", out), error
-    assert call(prepare, "src", "extra.md", "src/000.txt", "--encoding=bytes")[0] == 0
+    assert call(prepare, "src", "extra.md", "src/000.txt", "--encoding=bytes", "--name=src")[0] == 0
     assert sum(map(len, read("src").values())) == 4 + 1
 
 
 def test_streams(workdir):
     """A FIFO and a pipe are read once, to their end, and give what a file with the same text gives."""
     Path("plain.txt").write_text("".join(f"line {i}\n" for i in range(50_000)))
-    prepare.prepare(["plain.txt"], encoding="bytes")
+    prepare.prepare(["plain.txt"], name="plain", encoding="bytes")
     os.mkfifo("fifo")
     for path, writer in (("fifo", "cat plain.txt >fifo &"), ("<(cat plain.txt)", "")):
         command = f"{writer} {sys.executable} {prepare.__file__} {path} --name stream --encoding bytes"
@@ -149,9 +149,9 @@ def test_the_place_of_an_undecodable_byte(workdir, refused, monkeypatch):
     for size, block in ((9, 1), (8190, 4), (8191, 1 << 16), (8192, 100), (300_000, 1 << 16)):
         monkeypatch.setattr(prepare, "BLOCK", block)
         (workdir / "bad.txt").write_bytes("€".encode() + b"d" * size + b"\xe6\x97x" + b"e" * 9000)
-        refused(f"bad.txt is not UTF-8 at offset {3 + size}", prepare, "bad.txt", "--encoding=bytes")
+        refused(f"bad.txt is not UTF-8 at offset {3 + size}", prepare, "bad.txt", "--name=bad", "--encoding=bytes")
     (workdir / "bad.txt").write_bytes("cut 日".encode()[:-1])
-    refused("bad.txt is not UTF-8 at offset 4", prepare, "bad.txt", "--encoding=bytes")
+    refused("bad.txt is not UTF-8 at offset 4", prepare, "bad.txt", "--name=bad", "--encoding=bytes")
 
 
 def test_stdlib_is_the_running_interpreters_own(call):
@@ -296,13 +296,14 @@ def test_bad_input_is_refused_and_overwrites_nothing(corpus, refused, workdir, m
         ("invalid int value: '10**30'", "text", "--seed=10**30"),
         ("--workers must be at least 1, got 0", "text", "--workers=0"),
         ("--base-url is for tinystories and openwebtext", "text", "--base-url=http://x"),
-        ("stdlib is the name of a known dataset; choose another --name", "./stdlib", "--name="),
+        ("stdlib is the name of a known dataset; choose another --name", "text", "--name=stdlib"),
+        ("not one of stdlib, tinystories, openwebtext; text of your own needs a --name", "tinystory", "--name="),
         ("'../up' can't be a --name", "text", "--name=../up"),
         ("arguments are required: NAME_OR_PATH",),
     ):
         refused(message, prepare, "--name=tiny", "--encoding=bytes", *arguments)
         assert snapshot(prepare.DATA) == before
-    assert prepare.prepare(["text"], encoding="bytes", seed=10**300, workers=10**6)
+    assert prepare.prepare(["text"], name="tiny", encoding="bytes", seed=10**300, workers=10**6)
 
 
 def test_a_damaged_dataset_is_noticed(corpus):

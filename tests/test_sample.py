@@ -301,7 +301,7 @@ def test_bad_input_is_refused(save, refused, corpus):
         refused(f"argument {option.split('=')[0]}: must lie between ", sample, save(), option)
     for message, *arguments in (
         ("--seed: invalid number value: 'x'", "--seed=x"), ("'gpu' can't be used here", "--device=gpu"),
-        ("none.txt", "--prompt-file=none.txt"), ("folder that exists, got '.'", "--dag=."), ("got 'a/b'", "--dag=a/b"),
+        ("none.txt", "--prompt-file=none.txt"), ("exists, got 'a/b.html'", "--dag=a/b.html"), ("b.md", "--dag=b.md"),
         ("--dag shows one text: give one --prompt", "--prompt=a", "--prompt=b", "--dag=g.html"),
         ("--dag shows one text", "--num-samples=2", "--dag=g.html"),
     ):  # fmt: skip

@@ -422,7 +422,7 @@ def test_bad_settings_are_refused(corpus, refused):
         ("type.toml: argument --n_layer: invalid int value", "type.toml"),
         ("broken.toml: Invalid value", "broken.toml"),
         ("nested.toml: unknown setting --model", "nested.toml"),
-        ("none.toml does not exist", "none.toml"),
+        ("there is no config file none.toml", "none.toml"),
         ("argument --n_layer: invalid int value: 'two'", "--n_layer=two"),
         ("unknown setting --n_layr=3; the nearest key is n_layer", "--n_layr=3"),
         ("max_steps must be at least 1 and below 2**31", "--max_steps=0"),
