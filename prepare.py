@@ -324,6 +324,7 @@ def prepare(
     require(what == [name] or name not in KNOWN, f"{name} is the name of a known dataset; choose another --name")
     require(re.fullmatch(r"\w[\w.-]*", name, re.ASCII), f"{name!r} can't be a --name (letters, digits, _ . -)")
     require(what[0] in KNOWN[1:] or not base_url, "--base-url is for tinystories and openwebtext")
+    encoding = get_encoding(encoding or ("bytes" if what == ["stdlib"] else "gpt2"))
     folder = DATA / name
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob("unfinished-*"):
@@ -337,7 +338,6 @@ def prepare(
             size, pieces = 40e9, read_openwebtext(source)
         else:
             source, size, pieces = read_local(what, pattern, Path(made), val_fraction, seed)
-        encoding = get_encoding(encoding or ("bytes" if what == ["stdlib"] else "gpt2"))
         meta = {"name": name, "source": source, "val_fraction": val_fraction, "seed": seed, "encoding": encoding.name}
         meta |= {"vocab_size": encoding.n_vocab, "dtype": np.min_scalar_type(encoding.n_vocab - 1).name}
         meta["splits"] = write_bins(pieces, size, Path(made), encoding, workers or os.cpu_count())

@@ -102,7 +102,7 @@ def answer(model: GPT, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def train_trial(trial: Trial) -> tuple[Trial, GPT, tuple]:
-    """Train on random trees, evaluate on others. Returns what became of it, the model, and what is read off trees."""
+    """Train and evaluate. Returns the finished trial, the model, and tokens, levels and rows of read_off."""
     model, tables = make_model(trial), make_tables(trial.depth, trial.draw)
     generator = torch.Generator().manual_seed(1000 * trial.draw + trial.seed)
     config = TrainConfig(learning_rate=trial.rate, min_lr=trial.rate / 10, warmup_steps=200, max_steps=trial.steps)
@@ -164,7 +164,7 @@ def rates_by_merit(arm: str, trials: list[Trial]) -> list[float]:
 
 
 def run_arm(arm: str) -> None:
-    """Choose an arm's rate on tables of their own, draw 0; then run all other trials with it."""
+    """Choose an arm's rate on draw 0; then run all others with it, of those in LONG also more steps and other trees."""
     seeds = range(1, 6 if arm in MAIN else 2)
     run_missing([Trial(arm, draw=0, seed=seed, rate=rate) for rate in RATES for seed in seeds[:2]])
     better = rates_by_merit(arm, read_trials())[-2:]
@@ -176,7 +176,7 @@ def run_arm(arm: str) -> None:
 
 
 def by_arm(trials: list[Trial], depth: int, steps: int) -> dict[str, list[Trial]]:
-    """Those with trees of this depth and so many steps at their arm's best rate, without the ones that chose it."""
+    """Those of this depth and number of steps at their arm's best rate, not on draw 0; seconds are the arm's least."""
     group = [t for t in trials if (t.depth, t.steps) == (depth, steps)]
     least = {arm: min(t.seconds for t in group if t.arm == arm) for arm in {t.arm for t in group}}  # machines differ
     best = {arm: rates_by_merit(arm, trials)[-1] for arm in least}

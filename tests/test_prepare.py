@@ -293,6 +293,7 @@ def test_bad_input_is_refused_and_overwrites_nothing(corpus, refused, workdir, m
         ("invalid float value: 'x' (see python prepare.py --help)", "text", "--val-fraction=x"),
         ("unknown encoding 'byte'; choose bytes, gpt2", "text", "--encoding=byte"),
         ("(ConnectionError): use --encoding bytes, or set TIKTOKEN_CACHE_DIR", "text", "--encoding=cl100k_base"),
+        ("invalid int value: '10**30'", "text", "--seed=10**30"),
         ("--workers must be at least 1, got 0", "text", "--workers=0"),
         ("--base-url is for tinystories and openwebtext", "text", "--base-url=http://x"),
         ("stdlib is the name of a known dataset; choose another --name", "text", "--name=stdlib"),

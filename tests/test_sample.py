@@ -299,11 +299,12 @@ def test_bad_input_is_refused(save, refused, corpus):
         *(f"--{name}={10**30}" for name in ("num-samples", "max-new-tokens", "top-k")), f"--seed={2**63}",
     ):  # fmt: skip
         refused(f"argument {option.split('=')[0]}: must lie between ", sample, save(), option)
+    Path("d.html").mkdir()
     for message, *arguments in (
         ("--seed: invalid number value: 'x'", "--seed=x"), ("'gpu' can't be used here", "--device=gpu"),
         ("none.txt", "--prompt-file=none.txt"), ("exists, got 'a/b.html'", "--dag=a/b.html"), ("b.md", "--dag=b.md"),
         ("--dag shows one text: give one --prompt", "--prompt=a", "--prompt=b", "--dag=g.html"),
-        ("--dag shows one text", "--num-samples=2", "--dag=g.html"),
+        ("--dag shows one text", "--num-samples=2", "--dag=g.html"), ("exists, got 'd.html'", "--dag=d.html"),
     ):  # fmt: skip
         refused(message, sample, "model.pt", *arguments)
     refused("dataset 'code'", graph, "model.pt", "--dataset=code", "--tokens=1")

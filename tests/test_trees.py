@@ -103,7 +103,7 @@ def test_the_best_rate_is_chosen_on_other_tables(arm, best, monkeypatch):
         return trial._replace(accuracy=accuracy, curve="0 0 0 0"), None, None
 
     monkeypatch.setattr(trees, "train_trial", made_up)
-    trees.run_missing([Trial("coe", draw=0, rate=RATES[3], seed=seed) for seed in (1, 2)])  # which have no say
+    trees.run_missing([Trial(arm, rate=RATES[3]), Trial("coe", draw=0, rate=RATES[3], seed=2)])  # which have no say
     trees.run_arm(arm)
     found = [trial for trial in trees.read_trials() if trial.arm == arm]
     assert sum(trial.draw == 0 for trial in found) == (14 if arm == "sum" else 4)
@@ -116,13 +116,11 @@ def test_the_best_rate_is_chosen_on_other_tables(arm, best, monkeypatch):
 
 def test_table_and_picture(monkeypatch, call):
     """Means, intervals, differences to sum of the same tables and seed, least seconds; three curves and a heat map."""
-    of = dict(parameters=7, multiply_adds=9, curve="0 0 0 1")
-    probe = "0.1 0.2 0.3|0.4 0.5 0.6|0.7 0.8 0.9|1 1 1"
+    of, probe = dict(parameters=7, multiply_adds=9, curve="0 0 0 1"), "0.1 0.2 0.3|0.4 0.5 0.6|0.7 0.8 0.9|1 1 1"
     monkeypatch.setattr(trees, "RESULTS", Path("trees.csv"))
     monkeypatch.setattr(trees, "train_trial", lambda trial: (trial._replace(**of), None, None))
-    rows = [
-        Trial("dag2_silu", draw=d, rate=r, accuracy=r, seconds=5.0) for d, r in ((0, 1.5e-3), (0, 7.5e-4), (1, 7.5e-4))
-    ]
+    other = ((0, 1.5e-3), (0, 7.5e-4), (1, 7.5e-4))  # draw and rate of what is not shown
+    rows = [Trial("dag2_silu", draw=d, rate=r, accuracy=r, seconds=5.0) for d, r in other]
     rows += [Trial("dag2_silu", seed=s, accuracy=0.8 + s / 10, seconds=7.0, probe=probe) for s in (1, 2)]
     rows += [Trial("sum", draw=d, seed=s, accuracy=s / 10) for d, s in ((0, 1), (1, 2), (1, 3), (2, 1))]
     trees.run_missing([*rows, Trial("sum", depth=2), Trial("dag2_silu", steps=40_000, probe=probe)])
