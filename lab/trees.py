@@ -2,11 +2,10 @@
 
     python -m lab.trees                   # sum, dag and two MoEs in series, once each: some minutes on one core
     python -m lab.trees --full [ARM ...]  # what is missing of the whole table in lab/results/trees.csv: many hours
-    python -m lab.trees --plot FILE.png   # what that file holds, as a table and a picture
+    python -m lab.trees --plot FILE.png   # what that file holds, as a table (--against ARM) and a picture
 
-A tree of fixed random tables: 2^depth leaves of V values, and at each inner node its own table, V x V → V, in which
-all values are equally frequent. The model reads a token per leaf and "=", and answers with the value at the root. What
-its only attention gathers is then worked off by its only MoE, most easily in `depth` steps, one after the other.
+A tree has 2^depth leaves of V values, and at each inner node a fixed random table, V x V → V, of all values equally
+often. A model of one attention and one MoE reads a token per leaf and "=", and answers with the value at the root.
 """
 
 import argparse
@@ -14,7 +13,6 @@ import csv
 import time
 import tomllib
 from pathlib import Path
-from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +32,7 @@ RESULTS = Path(__file__).parent / "results/trees.csv"
 ARMS = tomllib.loads(Path(__file__).with_name("configs").joinpath("trees.toml").read_text(encoding="utf-8"))
 BASE = ARMS.pop("base")
 MAIN = ("sum", "sum_compute", "series", "dag2_silu", "dag2_sigmoid", "dag1_silu", "dag1_sigmoid")  # with more trials
-VALUES, BATCH, POINTS, PROBED = 6, 256, 20, 12_288  # V; trees per step; evaluations of a trial; trees to read off
+VALUES, BATCH, POINTS, TESTED, PROBED = 6, 256, 20, 4096, 12_288  # V; trees per step; evaluations, of trees; probed
 LONG = {"sum": (40_000, 64_000), "series": (40_000,), "dag1_silu": (40_000,), "dag2_silu": (40_000,)}  # more steps
 RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3)  # each arm gets the one that serves it best
 
@@ -107,7 +105,7 @@ def train_trial(trial: Trial) -> tuple[Trial, GPT, tuple]:
     generator = torch.Generator().manual_seed(1000 * trial.draw + trial.seed)
     config = TrainConfig(learning_rate=trial.rate, min_lr=trial.rate / 10, warmup_steps=200, max_steps=trial.steps)
     optimizer = make_optimizer(model, config)
-    test, right = draw_trees(tables, 4096, torch.Generator().manual_seed(0))
+    test, right = draw_trees(tables, PROBED, torch.Generator().manual_seed(0))
     curve, began = [], time.process_time()
     for step in trange(trial.steps, desc=f"{trial.arm}, seed {trial.seed}", unit="step", mininterval=1, leave=False):
         tokens, levels = draw_trees(tables, BATCH, generator)
@@ -121,20 +119,19 @@ def train_trial(trial: Trial) -> tuple[Trial, GPT, tuple]:
         optimizer.zero_grad()
         if (step + 1) * POINTS % trial.steps < POINTS:
             with torch.no_grad():
-                guess = answer(model, test)[0].argmax(dim=-1, keepdim=True)
-            curve.append((guess == right[-1]).float().mean().item())
+                guess = answer(model, test[:TESTED])[0].argmax(dim=-1, keepdim=True)
+            curve.append((guess == right[-1][:TESTED]).float().mean().item())
     seconds = round(time.process_time() - began, 1)
-    moe, (tokens, levels) = model.blocks[0].moe, draw_trees(tables, PROBED, torch.Generator().manual_seed(0))
-    rows = read_off(model, tokens, levels, VALUES) if "dag" in model.config.aggregator else []
+    rows = read_off(model, test, right, VALUES) if "dag" in model.config.aggregator else []
     trial = trial._replace(
-        parameters=sum(weight.numel() for weight in moe.parameters()),
-        multiply_adds=count_multiply_adds(moe, torch.zeros(1, 1, model.config.n_embd, dtype=torch.float64)),
+        parameters=sum(weight.numel() for weight in model.blocks[0].moe.parameters()),
+        multiply_adds=count_multiply_adds(model.blocks[0].moe, torch.zeros(1, 1, BASE["n_embd"], dtype=torch.float64)),
         seconds=seconds,
         accuracy=curve[-1],
         curve=" ".join(f"{share:.4f}" for share in curve),
-        probe="|".join(" ".join(f"{share:.4f}" for share in shares_right(row, levels[1:])) for row in rows),
+        probe="|".join(" ".join(f"{share:.4f}" for share in shares_right(row, right[1:])) for row in rows),
     )
-    return trial, model, (tokens, levels, rows)
+    return trial, model, (test, right, rows)
 
 
 def read_trials() -> list[Trial]:
@@ -160,7 +157,7 @@ def run_missing(trials: list[Trial]) -> None:
 def rates_by_merit(arm: str, trials: list[Trial]) -> list[float]:
     """The best last: by the number, then the accuracy of an arm's trials that are to choose a rate, those on draw 0."""
     shares = {r: [t.accuracy for t in trials if (t.arm, t.draw, t.rate) == (arm, 0, r)] for r in RATES}
-    return sorted(RATES, key=lambda rate: (len(shares[rate]), fmean(shares[rate] or [0.0])))
+    return sorted(RATES, key=lambda rate: (len(shares[rate]), np.mean(shares[rate] or [0.0])))
 
 
 def run_arm(arm: str) -> None:
@@ -179,8 +176,7 @@ def by_arm(trials: list[Trial], depth: int, steps: int) -> dict[str, list[Trial]
     """Those of this depth and number of steps at their arm's best rate, not on draw 0; seconds are the arm's least."""
     group = [t for t in trials if (t.depth, t.steps) == (depth, steps)]
     least = {arm: min(t.seconds for t in group if t.arm == arm) for arm in {t.arm for t in group}}  # machines differ
-    best = {arm: rates_by_merit(arm, trials)[-1] for arm in least}
-    group = [t._replace(seconds=least[t.arm]) for t in group if t.draw > 0 and t.rate == best[t.arm]]
+    group = [t._replace(seconds=least[t.arm]) for t in group if t.draw and t.rate == rates_by_merit(t.arm, trials)[-1]]
     return {arm: [t for t in group if t.arm == arm] for arm in ARMS if any(t.arm == arm for t in group)}
 
 
@@ -189,19 +185,22 @@ def mean_probe(trials: list[Trial]) -> np.ndarray:
     return np.array([[row.split() for row in trial.probe.split("|")] for trial in trials], dtype=float).mean(axis=0)
 
 
-def print_table(trials: list[Trial]) -> None:
+def print_table(trials: list[Trial], against: str) -> None:
     """For each depth of the tree and number of steps a row per arm, and what can be read off the nodes of graphs."""
-    print("parameters, multiply-adds, rate, trials, accuracy, worst, less sum's, seconds; ± half of 95 % intervals")
+    print(f"gap: to {against}, ± over trials, ± over draws (half of 95 % intervals), and in how many it is ahead")
     for depth, steps in sorted({(trial.depth, trial.steps) for trial in trials}):
         arms = by_arm(trials, depth, steps)
-        of_sum = {(trial.draw, trial.seed): trial.accuracy for trial in arms.get("sum", [])}
-        print(f"trees of depth {depth}, {steps:,} steps")
+        other = {(trial.draw, trial.seed): trial.accuracy for trial in arms.get(against, [])}
+        print(f"depth {depth}, {steps:,} steps: parameters, multiply-adds, rate, seconds, trials, accuracy, worst, gap")
         for arm, found in arms.items():
             first, shares = found[0], [trial.accuracy for trial in found]
-            gaps = [t.accuracy - of_sum[t.draw, t.seed] for t in found if (t.draw, t.seed) in of_sum] or [torch.nan]
-            print(f"{arm:16}{first.parameters:9,}{first.multiply_adds:9,}{first.rate:8g}{len(found):4}", end="")
-            print(f"{fmean(shares):8.3f} ± {half_width(shares):.3f}{min(shares):8.3f}", end="")
-            print(f"{fmean(gaps):+9.3f} ± {half_width(gaps):.3f}{first.seconds:7.0f}")
+            pairs = [trial for trial in found if (trial.draw, trial.seed) in other]
+            gaps = np.array([trial.accuracy - other[trial.draw, trial.seed] for trial in pairs] or [np.nan])
+            draws = np.array([trial.draw for trial in pairs])
+            of_draws = [gaps[draws == draw].mean() for draw in np.unique(draws)]
+            print(f"{arm:16}{first.parameters:7,}{first.multiply_adds:8,}{first.rate:8g}{first.seconds:6.0f}", end="")
+            print(f"{len(found):4}{np.mean(shares):8.3f} ± {half_width(shares):.3f}{min(shares):8.3f}", end="")
+            print(f"{gaps.mean():+9.3f} ± {half_width(gaps):.3f} ± {half_width(of_draws):.3f}{(gaps > 0).sum():4}")
             if first.probe:
                 print(f"{'':16}leaves, nodes by depth; by level:", *mean_probe(found).round(2).tolist())
 
@@ -233,6 +232,7 @@ def main() -> None:
     parser = Parser(prog="-m lab.trees", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", nargs="*", metavar="ARM", choices=ARMS, help="the whole table (of these arms only)")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="what has been found so far")
+    parser.add_argument("--against", default="sum", choices=ARMS, help="what the table compares with (default: sum)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.full is None and not args.plot:
@@ -241,7 +241,7 @@ def main() -> None:
         return
     for arm in ARMS if args.full == [] else args.full or []:
         run_arm(arm)
-    print_table(trials := read_trials())
+    print_table(trials := read_trials(), args.against)
     if args.plot:
         draw_picture(args.plot, trials)
 

@@ -183,7 +183,6 @@ def test_sum_equals_hugging_face_mixtral(tie):
             layer[f"self_attn.{p}_proj.weight"] = getattr(block.attention, f"{p}_proj").weight
         names |= {f"model.layers.{i}.{name}": weight for name, weight in layer.items()}
     theirs.load_state_dict({name: weight.detach() for name, weight in names.items()}, strict=True)
-
     tokens, targets = random_tokens(3, 16), random_tokens(3, 16, seed=1)
     logits = theirs(tokens).logits
     output = ours(tokens, targets)
@@ -229,7 +228,6 @@ def test_forward_always_returns_the_same_thing():
     assert without.balance.item() == pytest.approx(sum(a[0].item() for a in aux) / 2, abs=1e-6)
     assert without.z.item() == pytest.approx(sum(a[1].item() for a in aux) / 2, abs=1e-5)
     assert without.load.shape == (2, 8) and (without.load.sum(dim=1) == 2 * 16 * 3).all()
-
     masked = targets.clone()
     masked[:, 5:] = -1
     part = F.cross_entropy(without.logits[:, :5].flatten(0, 1), targets[:, :5].flatten())

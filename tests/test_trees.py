@@ -115,23 +115,25 @@ def test_the_best_rate_is_chosen_on_other_tables(arm, best, monkeypatch):
 
 
 def test_table_and_picture(monkeypatch, call):
-    """Means, intervals, differences to sum of the same tables and seed, least seconds; three curves and a heat map."""
+    """Means, intervals over trials and draws, gaps in pairs, least seconds; curves and a heat map."""
     of, probe = dict(parameters=7, multiply_adds=9, curve="0 0 0 1"), "0.1 0.2 0.3|0.4 0.5 0.6|0.7 0.8 0.9|1 1 1"
     monkeypatch.setattr(trees, "RESULTS", Path("trees.csv"))
     monkeypatch.setattr(trees, "train_trial", lambda trial: (trial._replace(**of), None, None))
     other = ((0, 1.5e-3), (0, 7.5e-4), (1, 7.5e-4))  # draw and rate of what is not shown
     rows = [Trial("dag2_silu", draw=d, rate=r, accuracy=r, seconds=5.0) for d, r in other]
-    rows += [Trial("dag2_silu", seed=s, accuracy=0.8 + s / 10, seconds=7.0, probe=probe) for s in (1, 2)]
-    rows += [Trial("sum", draw=d, seed=s, accuracy=s / 10) for d, s in ((0, 1), (1, 2), (1, 3), (2, 1))]
+    found = ((1, 1, 0.9), (1, 2, 1.0), (2, 1, 0.5))  # draw, seed, accuracy
+    rows += [Trial("dag2_silu", draw=d, seed=s, accuracy=a, seconds=7.0, probe=probe) for d, s, a in found]
+    rows += [Trial("sum", draw=d, seed=s, accuracy=s / 10) for d, s in ((0, 1), (1, 1), (1, 2), (1, 3), (2, 1))]
     trees.run_missing([*rows, Trial("sum", depth=2), Trial("dag2_silu", steps=40_000, probe=probe)])
     out = call(trees, "--plot=a.png")[1]
     assert Path("a.png").read_bytes().startswith(b"\x89PNG")
     assert [" ".join(line.split()) for line in out.splitlines()[3:7]] == [
-        "trees of depth 3, 12,000 steps",
-        "sum 7 9 0.0015 3 0.200 ± 0.248 0.100 +0.000 ± 0.000 0",
-        "dag2_silu 7 9 0.0015 2 0.950 ± 0.635 0.900 +0.800 ± nan 5",
+        "depth 3, 12,000 steps: parameters, multiply-adds, rate, seconds, trials, accuracy, worst, gap",
+        "sum 7 9 0.0015 0 4 0.175 ± 0.152 0.100 +0.000 ± 0.000 ± 0.000 0",
+        "dag2_silu 7 9 0.0015 5 3 0.800 ± 0.657 0.500 +0.667 ± 0.574 ± 2.541 3",  # 0.8, 0.8, 0.4; of draws 0.8, 0.4
         "leaves, nodes by depth; by level: [0.1, 0.2, 0.3] [0.4, 0.5, 0.6] [0.7, 0.8, 0.9] [1.0, 1.0, 1.0]",
     ]
+    assert "-0.667 ± 0.574 ± 2.541   0\n" in call(trees, "--plot=a.png", "--against=dag2_silu")[1]
     assert call(trees)[1].split() == ["sum", "0.000", "dag2_silu", "0.000", "series", "0.000"]
 
 
