@@ -364,15 +364,14 @@ def train(run: Run) -> None:
     network = torch.compile(model) if config.compile else model  # has the parameters of `model`, not copies
     if RANKS > 1:
         network = DistributedDataParallel(network)
-    finished = state["step"] >= config.max_steps
-    if RANK == 0 and finished:
-        print(f"nothing left to do: {run.out_dir} is at step {state['step']} of {config.max_steps}")
-    elif RANK == 0:
+    if state["step"] >= config.max_steps:
+        if RANK == 0:
+            print(f"nothing left to do: {run.out_dir} is at step {state['step']} of {config.max_steps}")
+        return
+    if RANK == 0:
         print(f"{RANKS} x {run.device}; {cost['active']:,} of {cost['parameters']:,} parameters active per token")
         steps = f"steps {state['step']:,} to {config.max_steps:,} of {step_tokens:,} tokens of {config.dataset}"
         print(f"{run.out_dir}: {steps}" + "; compiling takes a minute" * config.compile)
-    if finished:
-        return
 
     batch, stop, stopping = get_batch(run.data.train, model, config, state["step"]), StopRequest(), False
     since, then = time.perf_counter(), state["step"]  # of the end of the last evaluation
