@@ -361,13 +361,13 @@ def train(run: Run) -> None:
     """From the first evaluation to the samples at the end."""
     model, config, state, cost = run.model, run.config, run.state, run.model.cost()
     step_tokens = config.grad_accum * config.batch_size * model.config.block_size
-    network = torch.compile(model) if config.compile else model  # has the parameters of `model`, not copies
-    if RANKS > 1:
-        network = DistributedDataParallel(network)
     if state["step"] >= config.max_steps:
         if RANK == 0:
             print(f"nothing left to do: {run.out_dir} is at step {state['step']} of {config.max_steps}")
         return
+    network = torch.compile(model) if config.compile else model  # has the parameters of `model`, not copies
+    if RANKS > 1:
+        network = DistributedDataParallel(network)
     if RANK == 0:
         print(f"{RANKS} x {run.device}; {cost['active']:,} of {cost['parameters']:,} parameters active per token")
         steps = f"steps {state['step']:,} to {config.max_steps:,} of {step_tokens:,} tokens of {config.dataset}"

@@ -261,21 +261,22 @@ def print_table(runs: Runs, against: str) -> None:
     arms = summarize(runs, against)
     of, speed = arms[against].last, arms[against].tokens_per_s
     seconds = of.tokens / max(arm.tokens_per_s for arm in arms.values())
+    measured = math.isfinite(seconds)
     print(f"trained on {of.tokens:,} tokens ({of.data}), evaluated on about {of.eval_tokens:,} ({of.evaluated_on})")
     print(f"loss: nats per token; difference to {against} with the same seed, mean and 95 % interval")
-    if math.isfinite(seconds):  # so it was measured
+    if measured:
         print(f"at {seconds:.0f} s the fastest arm is done; slower ones are in mid-schedule (interpolated)")
     print(f"{'':16}{'parameters':>12}{'multiply-adds':>15}{'×':>6}{'rate':>8}{'seeds':>7}{'loss':>9}", end="")
-    print(f"{'difference':>30}{f'at {seconds:.0f} s':>11}{'tokens/s':>10}{'×':>6}")
+    print(f"{'difference':>30}" + (f"{f'at {seconds:.0f} s':>11}{'tokens/s':>10}{'×':>6}" if measured else ""))
     for name, arm in arms.items():
         low, high = arm.gap - arm.half_width, arm.gap + arm.half_width
         difference = f"{arm.gap:+.4f} ({low:+.4f} to {high:+.4f})" if low < high else f"{arm.gap:+.4f}"
         then = np.interp(seconds * arm.tokens_per_s, *zip(*arm.curve, strict=True))
+        speeds = f"{then:11.4f}{arm.tokens_per_s:10,.0f}{arm.tokens_per_s / speed:6.2f}" if measured else ""
         print(
             f"{name:16}{arm.last.parameters:12,}{arm.last.multiply_adds:15,}"
             f"{arm.last.multiply_adds / of.multiply_adds:6.2f}{arm.last.learning_rate:8g}{len(arm.differences):7}"
-            f"{arm.curve[-1][1]:9.4f}{difference:>30}{then:11.4f}{arm.tokens_per_s:10,.0f}"
-            f"{arm.tokens_per_s / speed:6.2f}"
+            f"{arm.curve[-1][1]:9.4f}{difference:>30}{speeds}"
         )
     for (name, seed), rows in runs.items():
         if not (finished(rows) and finished(runs.get((against, seed), []))):

@@ -170,8 +170,7 @@ def test_the_table_is_what_the_rows_say(call):
     out = call(compare, "table", "a.csv", "--csv=b.csv")[1]
     half = 4.303 * statistics.stdev([-0.1, -0.05, -0.08]) / math.sqrt(3)
     interval = f"-0.0767 ({-0.23 / 3 - half:+.4f} to {-0.23 / 3 + half:+.4f})"
-    lines = [" ".join(line.split()) for line in out.splitlines()]
-    assert lines[4:] == [
+    assert [" ".join(line.split()) for line in out.splitlines()][4:] == [
         f"dag 10 30 1.50 0.1 3 1.0233 {interval} 2.0000 50 0.50",
         "sum 10 20 1.00 0.1 3 1.1000 +0.0000 1.1000 100 1.00",
         "one 10 20 1.00 0.2 1 1.3000 +0.1000 1.3000 100 1.00",
@@ -180,7 +179,8 @@ def test_the_table_is_what_the_rows_say(call):
     ]
     assert call(compare, "table", "b.csv")[1] == out, "what was written is what was read"
     assert "-0.1000" in call(compare, "table", "a.csv", "--against=one")[1]
-    assert "1.2406  -0.0024 (-0.0178 to +0.0129)" in call(compare, "table", REPOSITORY / "lab/results/text.csv")[1]
+    assert "1.2406  -0.0024 (-0.0178 to +0.0129) " in call(compare, "table", REPOSITORY / "lab/results/text.csv")[1]
+    assert f"4{'+0.0403':>30}\n" in call(compare, "table", REPOSITORY / "lab/results/ablation_s.csv")[1], "no speeds"
     assert call(compare, "plot", "a.csv", "c.png")[0] == 0 and Path("c.png").read_bytes().startswith(b"\x89PNG")
 
 
