@@ -44,7 +44,7 @@ CHECKPOINT |= {"data": dict, "version": str, "step": int, "log": list, "losses":
 EXPLAINED = {  # torch's errors
     "out of memory|allocate|overflow": "too large for the memory: a smaller --batch_size or a smaller model",
     "size mismatch|missing key|unexpected key": "the weights do not fit the model's settings",
-    "compiler": "torch.compile needs a C++ compiler: leave --compile out",
+    "compiler": "torch.compile needs a C++ compiler: --compile=false",
     "gloo|nccl|peer": "another rank has ended; go on from the last checkpoint with --resume",
 }
 
