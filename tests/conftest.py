@@ -1,5 +1,6 @@
 """A small corpus in a folder of its own, and a way to run a script's main() as a user would."""
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 import prepare
 import train
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the references are in float32; a GPU would take bfloat16
 torch.set_num_threads(1)  # several tests run at once
 BAR = re.compile("(B|step|run|it|tokens)/s")  # a progress bar
 REPOSITORY = Path(train.__file__).parent
@@ -34,7 +36,6 @@ def workdir(tmp_path, monkeypatch):
     """Every test runs in an empty folder, so that data/ and out/ are its own; signal handlers stay pytest's."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the references are in float32; a GPU would take bfloat16
     monkeypatch.setattr(train.signal, "signal", lambda *_: None)
     return tmp_path
 
