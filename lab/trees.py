@@ -31,7 +31,7 @@ from train import TrainConfig, learning_rate, make_optimizer
 RESULTS = Path(__file__).parent / "results/trees.csv"
 ARMS = tomllib.loads(Path(__file__).with_name("configs").joinpath("trees.toml").read_text(encoding="utf-8"))
 BASE = ARMS.pop("base")
-MAIN = ("sum", "sum_compute", "series", "dag2_silu", "dag2_sigmoid", "dag1_silu", "dag1_sigmoid")  # with more trials
+MAIN = ("sum", "sum_compute", "series", "dag2_silu", "dag2_sigmoid", "dag1_silu", "dag1_sigmoid", "mlp", "coe")
 VALUES, BATCH, POINTS, TESTED, PROBED = 6, 256, 20, 4096, 12_288  # V; trees per step; evaluations, of trees; probed
 LONG = {"sum": (40_000, 64_000), "series": (40_000,), "dag1_silu": (40_000,), "dag2_silu": (40_000,)}  # more steps
 RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3)  # each arm gets the one that serves it best
@@ -167,17 +167,17 @@ def run_arm(arm: str) -> None:
     better = rates_by_merit(arm, read_trials())[-2:]
     run_missing([Trial(arm, draw=0, seed=seed, rate=rate) for rate in better for seed in seeds[2:]])
     rate = rates_by_merit(arm, read_trials())[-1]
-    run_missing([Trial(arm, draw=draw, seed=seed, rate=rate) for draw in (1, 2, 3) for seed in seeds])
+    run_missing([Trial(arm, draw=draw, seed=seed, rate=rate) for draw in range(1, 6) for seed in seeds])
     run_missing([Trial(arm, seed=seed, steps=steps, rate=rate) for steps in LONG.get(arm, ()) for seed in (1, 2)])
     run_missing([Trial(arm, depth=depth, seed=s, rate=rate) for depth in (2, 4) for s in (1, 2, 3) if arm in LONG])
 
 
 def by_arm(trials: list[Trial], depth: int, steps: int) -> dict[str, list[Trial]]:
-    """Those of this depth and number of steps at their arm's best rate, not on draw 0; seconds are the arm's least."""
-    group = [t for t in trials if (t.depth, t.steps) == (depth, steps)]
-    least = {arm: min(t.seconds for t in group if t.arm == arm) for arm in {t.arm for t in group}}  # machines differ
-    group = [t._replace(seconds=least[t.arm]) for t in group if t.draw and t.rate == rates_by_merit(t.arm, trials)[-1]]
-    return {arm: [t for t in group if t.arm == arm] for arm in ARMS if any(t.arm == arm for t in group)}
+    """Trials of this depth and steps at their arm's best rate, not on draw 0; seconds are the fastest's, per step."""
+    best = {arm: rates_by_merit(arm, trials)[-1] for arm in ARMS}
+    group = [t for t in trials if t.draw and (t.depth, t.steps, t.rate) == (depth, steps, best[t.arm])]
+    pace = {t.arm: min(o.seconds / o.steps for o in trials if o[:2] == t[:2]) for t in group}  # machines differ
+    return {arm: [t._replace(seconds=steps * pace[arm]) for t in group if t.arm == arm] for arm in ARMS if arm in pace}
 
 
 def mean_probe(trials: list[Trial]) -> np.ndarray:
@@ -186,21 +186,21 @@ def mean_probe(trials: list[Trial]) -> np.ndarray:
 
 
 def print_table(trials: list[Trial], against: str) -> None:
-    """For each depth of the tree and number of steps a row per arm, and what can be read off the nodes of graphs."""
-    print(f"gap: to {against}, ± over trials, ± over draws (half of 95 % intervals), and in how many it is ahead")
+    """A row per arm for each depth of the tree and number of steps, ± half of 95 % intervals; what nodes hold."""
+    print(f"parameters, multiply-adds, rate, seconds, trials, accuracy, less {against} ± trial ± draw, ahead, by draw")
     for depth, steps in sorted({(trial.depth, trial.steps) for trial in trials}):
+        print(f"depth {depth}, {steps:,} steps")
         arms = by_arm(trials, depth, steps)
-        other = {(trial.draw, trial.seed): trial.accuracy for trial in arms.get(against, [])}
-        print(f"depth {depth}, {steps:,} steps: parameters, multiply-adds, rate, seconds, trials, accuracy, worst, gap")
+        other = {(t.draw, t.seed): t.accuracy for t in arms.get(against, [])}
         for arm, found in arms.items():
-            first, shares = found[0], [trial.accuracy for trial in found]
-            pairs = [trial for trial in found if (trial.draw, trial.seed) in other]
-            gaps = np.array([trial.accuracy - other[trial.draw, trial.seed] for trial in pairs] or [np.nan])
-            draws = np.array([trial.draw for trial in pairs])
-            of_draws = [gaps[draws == draw].mean() for draw in np.unique(draws)]
+            first, shares = found[0], [t.accuracy for t in found]
+            pairs = [t for t in found if (t.draw, t.seed) in other]
+            gaps = np.array([t.accuracy - other[t.draw, t.seed] for t in pairs] or [np.nan])
+            of_draws = [gaps[[t.draw == draw for t in pairs]].mean() for draw in {t.draw for t in pairs}]
+            by_draw = [np.mean([t.accuracy for t in found if t.draw == d]) for d in sorted({t.draw for t in found})]
             print(f"{arm:16}{first.parameters:7,}{first.multiply_adds:8,}{first.rate:8g}{first.seconds:6.0f}", end="")
-            print(f"{len(found):4}{np.mean(shares):8.3f} ± {half_width(shares):.3f}{min(shares):8.3f}", end="")
-            print(f"{gaps.mean():+9.3f} ± {half_width(gaps):.3f} ± {half_width(of_draws):.3f}{(gaps > 0).sum():4}")
+            print(f"{len(found):4}{np.mean(shares):8.3f} ± {half_width(shares):.3f}{gaps.mean():+9.3f} ±", end="")
+            print(f" {half_width(gaps):.3f} ± {half_width(of_draws):.3f}{(gaps > 0).sum():4}  ", *np.round(by_draw, 3))
             if first.probe:
                 print(f"{'':16}leaves, nodes by depth; by level:", *mean_probe(found).round(2).tolist())
 
