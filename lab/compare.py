@@ -38,6 +38,7 @@ OF_AN_ARM = ("model", "learning_rate")  # what all runs of an arm must share
 FREE = {"seed", "learning_rate", "min_lr", "init_from"} | OF_THE_MACHINE  # not in the checksum `training`
 # Student's t: the 97.5 % quantiles for 1, 2, ... degrees of freedom.
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
+STUDENT_T += (2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064)
 
 
 def plan_runs(folder: Path, arms: list[str], seeds: range, out: Path, settings: list[str]) -> dict[Path, list[str]]:
@@ -234,7 +235,7 @@ class Arm(NamedTuple):
 
 
 def half_width(values: list[float]) -> float:
-    """Of the 95 % interval of their mean (Student's t), beyond 15 values a bit too wide; of a single one nan."""
+    """Of the 95 % interval of their mean (Student's t), beyond 25 values a bit too wide; of a single one nan."""
     n = len(values)
     return STUDENT_T[min(n - 1, len(STUDENT_T)) - 1] * stdev(values) / n**0.5 if n > 1 else math.nan
 
