@@ -161,7 +161,7 @@ def rates_by_merit(arm: str, trials: list[Trial]) -> list[float]:
 
 
 def run_arm(arm: str) -> None:
-    """Choose an arm's rate on draw 0; then run all others with it, of those in LONG also more steps and other trees."""
+    """Choose an arm's rate on draw 0; run the rest with it: five seeds of MAIN; more steps, other trees of LONG."""
     seeds = range(1, 6 if arm in MAIN else 2)
     run_missing([Trial(arm, draw=0, seed=seed, rate=rate) for rate in RATES for seed in seeds[:2]])
     better = rates_by_merit(arm, read_trials())[-2:]
@@ -173,10 +173,10 @@ def run_arm(arm: str) -> None:
 
 
 def by_arm(trials: list[Trial], depth: int, steps: int) -> dict[str, list[Trial]]:
-    """Trials of this depth and steps at their arm's best rate, not on draw 0; seconds are the fastest's, per step."""
+    """Trials of this depth and steps at their arm's best rate, not on draw 0; seconds of its fastest, per step."""
     best = {arm: rates_by_merit(arm, trials)[-1] for arm in ARMS}
-    group = [t for t in trials if t.draw and (t.depth, t.steps, t.rate) == (depth, steps, best[t.arm])]
-    pace = {t.arm: min(o.seconds / o.steps for o in trials if o[:2] == t[:2]) for t in group}  # machines differ
+    group = [t for t in trials if t.draw and (t.depth, t.steps, t.rate) == (depth, steps, best.get(t.arm))]
+    pace = {arm: min(t.seconds / t.steps for t in trials if t[:2] == (arm, depth)) for arm in {t.arm for t in group}}
     return {arm: [t._replace(seconds=steps * pace[arm]) for t in group if t.arm == arm] for arm in ARMS if arm in pace}
 
 
