@@ -11,7 +11,7 @@ import torch
 import prepare
 import train
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the references are in float32; a GPU would take bfloat16
+os.environ.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")  # references are in float32, a GPU takes bfloat16
 torch.set_num_threads(1)  # several tests run at once
 BAR = re.compile("(B|step|run|it|tokens)/s")  # a progress bar
 REPOSITORY = Path(train.__file__).parent
@@ -35,7 +35,6 @@ def make_corpus(folder, documents: int = 120) -> list[str]:
 def workdir(tmp_path, monkeypatch):
     """Every test runs in an empty folder, so that data/ and out/ are its own; signal handlers stay pytest's."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(train.signal, "signal", lambda *_: None)
     return tmp_path
 
