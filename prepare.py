@@ -308,7 +308,7 @@ def write_bins(pieces: Iterator[Piece], size: int, folder: Path, encoding: tikto
                     progress.update(len(text.encode()))
             group = following
     for split, count in counts.items():
-        require(count["tokens"], f"there is no text for {split}: choose another --val-fraction, or give more text")
+        require(count["tokens"], f"there is no text for {split}: choose another --val_fraction, or give more text")
         count["sha256"] = file_sha256(folder / f"{split}.bin")
     return counts
 
@@ -317,13 +317,13 @@ def prepare(
     what: list[str], name=None, encoding=None, pattern="*.txt", val_fraction=0.1, seed=1337, workers=None, base_url=None
 ) -> dict:
     """Prepare a known dataset (one name) or files and folders; returns meta.json. Raises ValueError and OSError."""
-    require(0 < val_fraction < 1, f"--val-fraction must lie between 0 and 1, got {val_fraction}")
+    require(0 < val_fraction < 1, f"--val_fraction must lie between 0 and 1, got {val_fraction}")
     require(workers is None or workers > 0, f"--workers must be at least 1, got {workers}")
     require(name or what[0] in KNOWN, f"{what[0]} is not one of {', '.join(KNOWN)}; text of your own needs a --name")
     name = name or what[0]
     require(what == [name] or name not in KNOWN, f"{name} is the name of a known dataset; choose another --name")
     require(re.fullmatch(r"\w[\w.-]*", name, re.ASCII), f"{name!r} can't be a --name (letters, digits, _ . -)")
-    require(what[0] in KNOWN[1:] or not base_url, "--base-url is for tinystories and openwebtext")
+    require(what[0] in KNOWN[1:] or not base_url, "--base_url is for tinystories and openwebtext")
     encoding = get_encoding(encoding or ("bytes" if what == ["stdlib"] else "gpt2"))
     folder = DATA / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -409,10 +409,10 @@ def main() -> None:
     parser.add_argument("--name", help="what to call your own text; data/NAME is replaced if it is there")
     parser.add_argument("--encoding", help="bytes, or a tiktoken encoding (default: bytes for stdlib, else gpt2)")
     parser.add_argument("--pattern", default="*.txt", help="which files of a folder are documents (default: *.txt)")
-    parser.add_argument("--val-fraction", type=float, default=0.1, help="share for val unless published (default: 0.1)")
+    parser.add_argument("--val_fraction", type=float, default=0.1, help="share for val unless published (default: 0.1)")
     parser.add_argument("--seed", type=int, default=1337, help="another seed, another split (default: 1337)")
     parser.add_argument("--workers", type=int, help="threads that tokenize (default: one per core)")
-    parser.add_argument("--base-url", help="where to download from instead: a mirror with the publisher's file names")
+    parser.add_argument("--base_url", help="where to download from instead: a mirror with the publisher's file names")
     prepare(**vars(parser.parse_args()))
 
 

@@ -1,7 +1,7 @@
 """Write text with a trained model, and a page that shows by which graphs it combined its experts.
 
     python sample.py out/NAME --prompt "def main("
-    python sample.py out/NAME --prompt "def main(" --prompt "class " --num-samples 4
+    python sample.py out/NAME --prompt "def main(" --prompt "class " --num_samples 4
     python sample.py out/NAME --prompt "def main(" --dag graph.html
 
 Needs nothing but the checkpoint, which holds the model's settings and the name of its encoding.
@@ -169,19 +169,19 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("path", type=Path, metavar="out/NAME", help="a run's folder (its best.pt), or a checkpoint file")
     add("--prompt", type=read_prompt, action="append", help="text to continue, - for standard input; repeatable")
-    add("--prompt-file", type=read_text, action="append", dest="prompt", help="file with text to continue; repeatable")
-    add("--num-samples", type=within(int, 1, 10_000), default=1, help="texts per prompt, all at once (default: 1)")
-    add("--max-new-tokens", type=within(int, 0, 2**31), default=200, help="longest text, in tokens (default: 200)")
+    add("--prompt_file", type=read_text, action="append", dest="prompt", help="file with text to continue; repeatable")
+    add("--num_samples", type=within(int, 1, 10_000), default=1, help="texts per prompt, all at once (default: 1)")
+    add("--max_new_tokens", type=within(int, 0, 2**31), default=200, help="longest text, in tokens (default: 200)")
     add("--temperature", type=within(float, 0, 1000), default=0.8, help="0: always the likeliest token (default: 0.8)")
-    add("--top-k", type=within(int, 1, 2**31), help="choose among the K likeliest tokens only")
-    add("--top-p", type=within(float, 1e-9, 1), help="choose among the likeliest tokens that together reach P only")
+    add("--top_k", type=within(int, 1, 2**31), help="choose among the K likeliest tokens only")
+    add("--top_p", type=within(float, 1e-9, 1), help="choose among the likeliest tokens that together reach P only")
     add("--seed", type=within(int, 0, 2**63 - 1), default=1337, help="another seed, another text (default: 1337)")
     add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     add("--dag", type=Path, metavar="FILE.html", help="write a page that shows the graphs of the text")
     args = parser.parse_args()
     args.prompt = args.prompt or [""]  # a new document
     if args.dag and (len(args.prompt) > 1 or args.num_samples > 1):
-        parser.error("--dag shows one text: give one --prompt, and no --num-samples")
+        parser.error("--dag shows one text: give one --prompt, and no --num_samples")
     if args.dag and (args.dag.suffix != ".html" or args.dag.is_dir() or not args.dag.parent.is_dir()):
         parser.error(f"--dag must name a .html file in a folder that exists, got {str(args.dag)!r}")
     return args

@@ -173,10 +173,10 @@ def main() -> None:
     parser = Parser(prog="-m lab.cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     measures = {"step": measure_step, "layer": measure_layer, "sample": measure_sample}
     parser.add_argument("what", choices=measures)
-    parser.add_argument("--new-tokens", type=int, default=512, help="sample: per text (default: 512)")
+    parser.add_argument("--new_tokens", type=int, default=512, help="sample: per text (default: 512)")
     parser.add_argument("--repeats", type=int, default=5, help="how often each is timed (default: 5)")
     args, rest = parser.parse_known_args()
-    require(min(args.repeats, args.new_tokens) > 0, "--repeats and --new-tokens must be at least 1")
+    require(min(args.repeats, args.new_tokens) > 0, "--repeats and --new_tokens must be at least 1")
     measures[args.what](args, rest)
 
 

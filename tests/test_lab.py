@@ -223,7 +223,7 @@ def test_runs_are_read_from_their_folders(corpus, call, refused):
     assert rows[0].parameters == model.cost()["parameters"] and rows[0].tokens == 384
     Path("out/all/mlp-1").rename("out/all/mlp-7")
     refused("out/all/mlp-7 should be called ARM-1, for that is its seed", compare, "table", "out/all")
-    out = call(cost, "sample", "out/all/sum-1", "--new-tokens=20", "--repeats=1")[1]
+    out = call(cost, "sample", "out/all/sum-1", "--new_tokens=20", "--repeats=1")[1]
     assert re.findall(r"^(\w.*?)  +[\d,]+ tokens/s", out, re.MULTILINE) == ["uncached", "cached", "cached, 16 texts"]
 
 

@@ -229,7 +229,7 @@ def test_tinystories(publisher, refused, call, monkeypatch):
     publisher.files = {"t.txt": train, "v.txt": val}
     files = {"train": ("t.txt", hashlib.sha256(train).hexdigest()), "val": ("v.txt", hashlib.sha256(val).hexdigest())}
     monkeypatch.setattr(prepare, "TINYSTORIES", files)
-    arguments = ("tinystories", "--encoding=bytes", f"--base-url={publisher.url}")
+    arguments = ("tinystories", "--encoding=bytes", f"--base_url={publisher.url}")
     for block in (1 << 16, 20, 1):
         monkeypatch.setattr(prepare, "BLOCK", block)
         assert call(prepare, *arguments)[0] == 0
@@ -240,7 +240,7 @@ def test_tinystories(publisher, refused, call, monkeypatch):
         publisher.files.clear()
     Path("data/tinystories/raw/v.txt").unlink()
     message = "Connection refused>; start again, or fetch it by hand and save it as data/tinystories/raw/v.txt"
-    refused(message, prepare, "tinystories", "--encoding=bytes", "--base-url=http://127.0.0.1:9")
+    refused(message, prepare, "tinystories", "--encoding=bytes", "--base_url=http://127.0.0.1:9")
     assert len(read("tinystories")["val"]) == 2, "the old dataset stays"
 
 
@@ -262,7 +262,7 @@ def test_openwebtext(publisher, refused, call, monkeypatch, workdir):
     pages = [{f"../../escape-{i}.txt": f"\n\nPage {i}\n\n\n\n日本 \n".encode()} for i in range(8)]
     subsets = [tar(pages[i] | pages[i + 1] | {"README": b""}, "w:xz") for i in range(0, 8, 2)]
     publisher.files = {f"{i}.tar": tar({"a.xz": subsets[2 * i], "b.xz": subsets[2 * i + 1]}, "w") for i in range(2)}
-    arguments = ("openwebtext", "--encoding=bytes", f"--base-url={publisher.url}")
+    arguments = ("openwebtext", "--encoding=bytes", f"--base_url={publisher.url}")
     with mock.patch.object(prepare.shutil, "disk_usage", return_value=mock.Mock(free=10**9)):
         refused("too little disk space for OpenWebText in data/", prepare, *arguments)
     status, out, error = call(prepare, *arguments)
@@ -284,18 +284,18 @@ def test_bad_input_is_refused_and_overwrites_nothing(corpus, refused, workdir, m
     before = snapshot(prepare.DATA)
     for message, *arguments in (
         ("there is no text for train", "/dev/null"),
-        ("there is no text for val", "text", "--val-fraction=1e-9"),
+        ("there is no text for val", "text", "--val_fraction=1e-9"),
         ("latin.txt is not UTF-8 at offset 3", "text", "latin.txt"),
         ("nowhere.txt does not exist", "nowhere.txt"),
         ("no file in data matches '*.txt'", "data"),
         ("no file in text matches '/abs*'", "text", "--pattern=/abs*"),
-        ("--val-fraction must lie between 0 and 1, got nan", "text", "--val-fraction=nan"),
-        ("invalid float value: 'x' (see python prepare.py --help)", "text", "--val-fraction=x"),
+        ("--val_fraction must lie between 0 and 1, got nan", "text", "--val_fraction=nan"),
+        ("invalid float value: 'x' (see python prepare.py --help)", "text", "--val_fraction=x"),
         ("unknown encoding 'byte'; choose bytes, gpt2", "text", "--encoding=byte"),
         ("(ConnectionError): use --encoding bytes, or set TIKTOKEN_CACHE_DIR", "text", "--encoding=cl100k_base"),
         ("invalid int value: '10**30'", "text", "--seed=10**30"),
         ("--workers must be at least 1, got 0", "text", "--workers=0"),
-        ("--base-url is for tinystories and openwebtext", "text", "--base-url=http://x"),
+        ("--base_url is for tinystories and openwebtext", "text", "--base_url=http://x"),
         ("stdlib is the name of a known dataset; choose another --name", "text", "--name=stdlib"),
         ("not one of stdlib, tinystories, openwebtext; text of your own needs a --name", "tinystory", "--name="),
         ("'../up' can't be a --name", "text", "--name=../up"),

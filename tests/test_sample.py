@@ -64,16 +64,16 @@ def plain_graphs(model: GPT, ids: list[int]) -> list[tuple]:
 
 def test_sampling_needs_only_the_checkpoint(save, call):
     """Text after the prompt; one seed one text; greedy = top_k 1; prompts give what each gives alone; its speed."""
-    arguments = (sample, save().rename("best.pt"), "--max-new-tokens=40", "--prompt=Line 7")
+    arguments = (sample, save().rename("best.pt"), "--max_new_tokens=40", "--prompt=Line 7")
     _, first, error = call(*arguments)
     assert first.startswith("Line 7") and len(first) > 20
     assert re.fullmatch(r"40 tokens in [\d.]+ s, [\d,]+ tokens/s, from best.pt \(step \d\)\n", error), error
     assert call(sample, ".", *arguments[2:])[1] == first == call(*arguments)[1] != call(*arguments, "--seed=2")[1]
     greedy = call(*arguments, "--temperature=0", "--seed=2")[1]
-    choices = "--top-k=1", "--top-p=1e-9", "--temperature=1e-45"
+    choices = "--top_k=1", "--top_p=1e-9", "--temperature=1e-45"
     assert {call(*arguments, choice)[1] for choice in choices} == {greedy} != {first}
     assert make_page(call, arguments[1], "")["tokens"] == ["<|endoftext|>"], "a new document"
-    _, one, two = call(*arguments, "--num-samples=2")[1].split("--- sample ")
+    _, one, two = call(*arguments, "--num_samples=2")[1].split("--- sample ")
     assert one.startswith("1 of 2 ---\nLine 7") and two.startswith("2 of 2 ---\nLine 7") and one[1:] != two[1:]
     second = call(*arguments[:3], "--prompt=é")[1]
     assert call(*arguments, "--prompt=é")[1] == f"--- prompt 1 of 2 ---\n{first}--- prompt 2 of 2 ---\n{second}"
@@ -105,22 +105,22 @@ def test_prompts_are_read_as_streams(save, call, refused, monkeypatch):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
         Path("file").write_bytes(data)
 
-    fixed = (sample, save(), "--max-new-tokens=9")
+    fixed = (sample, save(), "--max_new_tokens=9")
     give("Line 8é\r\n".encode())
     expected = call(*fixed, "--prompt=Line 8é\r\n")[1]
-    assert call(*fixed, "--prompt=-")[1] == call(*fixed, "--prompt-file=file")[1] == expected
+    assert call(*fixed, "--prompt=-")[1] == call(*fixed, "--prompt_file=file")[1] == expected
     refused("standard input is empty, or was read already", *fixed, "--prompt=-")
     give(b"12345\xe9")
     why = "is not UTF-8 text: convert it with iconv ('utf-8' codec can't decode byte 0xe9 in position 5"
     refused(f"standard input {why}", *fixed, "--prompt=-")
-    refused(f"file {why}", *fixed, "--prompt-file=file")
+    refused(f"file {why}", *fixed, "--prompt_file=file")
     monkeypatch.setattr(sys, "stdin", None)  # <&-
     refused("standard input is empty", *fixed, "--prompt=-")
 
 
 def make_page(call, path: Path, prompt: str, new: int = 0) -> dict:
     """Write page.html for a prompt and `new` more tokens; returns the numbers in it."""
-    status, _, error = call(sample, path, "--prompt", prompt, f"--max-new-tokens={new}", "--dag=page.html")
+    status, _, error = call(sample, path, "--prompt", prompt, f"--max_new_tokens={new}", "--dag=page.html")
     assert status == 0 and "wrote page.html" in error
     return page_data()
 
@@ -133,7 +133,7 @@ def page_data() -> dict:
 def test_readers_that_go_away(save):
     """| head ends quietly, of a <(…) prompt; >&- ends nothing; no id beyond the encoding's, which can't be decoded."""
     script = f"{sys.executable} {sample.__file__} {save(make_model(vocab_size=2048))} --temperature=9"
-    head = f"{script} --prompt-file <(printf 'Line 8é\n') --num-samples=99 --max-new-tokens=60 | head -n 2"
+    head = f"{script} --prompt_file <(printf 'Line 8é\n') --num_samples=99 --max_new_tokens=60 | head -n 2"
     closed = f"{script} --prompt - --dag page.html <<< hello >&-; echo $?"
     both = subprocess.run(["bash", "-c", f"{head}; {closed}"], capture_output=True, text=True)
     assert both.stdout == "--- sample 1 of 99 ---\nLine 8é\n0\n" and "Traceback" not in both.stderr, both.stderr
@@ -295,16 +295,16 @@ def test_statistics_equal_a_plain_loop(save, call, refused, corpus, monkeypatch)
 def test_bad_input_is_refused(save, refused, corpus):
     """One line, status 2, and nothing is written."""
     for option in (
-        "--temperature=nan", "--temperature=-1", "--top-k=0", "--top-p=0", "--top-p=1.5", "--num-samples=0",
-        *(f"--{name}={10**30}" for name in ("num-samples", "max-new-tokens", "top-k")), f"--seed={2**63}",
+        "--temperature=nan", "--temperature=-1", "--top_k=0", "--top_p=0", "--top_p=1.5", "--num_samples=0",
+        *(f"--{name}={10**30}" for name in ("num_samples", "max_new_tokens", "top_k")), f"--seed={2**63}",
     ):  # fmt: skip
         refused(f"argument {option.split('=')[0]}: must lie between ", sample, save(), option)
     Path("d.html").mkdir()
     for message, *arguments in (
         ("--seed: invalid number value: 'x'", "--seed=x"), ("'gpu' can't be used here", "--device=gpu"),
-        ("none.txt", "--prompt-file=none.txt"), ("exists, got 'a/b.html'", "--dag=a/b.html"), ("b.md", "--dag=b.md"),
+        ("none.txt", "--prompt_file=none.txt"), ("exists, got 'a/b.html'", "--dag=a/b.html"), ("b.md", "--dag=b.md"),
         ("--dag shows one text: give one --prompt", "--prompt=a", "--prompt=b", "--dag=g.html"),
-        ("--dag shows one text", "--num-samples=2", "--dag=g.html"), ("exists, got 'd.html'", "--dag=d.html"),
+        ("--dag shows one text", "--num_samples=2", "--dag=g.html"), ("exists, got 'd.html'", "--dag=d.html"),
     ):  # fmt: skip
         refused(message, sample, "model.pt", *arguments)
     refused("dataset 'code'", graph, "model.pt", "--dataset=code", "--tokens=1")
