@@ -37,9 +37,9 @@ from torch import Tensor
 
 VERSION = "0.2.0"  # written into every checkpoint
 NORM_EPS = 1e-5  # inside every RMSNorm: x / sqrt(mean(x²) + eps) · weight (Zhang and Sennrich 2019)
-INIT_STD = 0.02  # of every weight matrix, times its init_scale: (2·n_layer)^-½ for what writes into h
+INIT_STD = 0.02  # GPT draws every matrix with it, times its init_scale; until then Router and Experts are empty
 GATES = {"sigmoid": torch.sigmoid, "silu": F.silu}  # σ of Eq. 9
-Aux = tuple[Tensor, Tensor, Tensor]  # what a router tells about S tokens: balance loss (), z-loss (), load (E)
+Aux = tuple[Tensor, Tensor]  # what training adds to the loss for a router's sake: balance loss (), z-loss ()
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def check_types(config, may_be_zero: tuple[str, ...]) -> None:
 
 
 def pairwise(linear: nn.Linear, z: Tensor) -> Tensor:
-    """W concat(z_i, z_j) = W₁ z_i + W₂ z_j of Eq. 8 for all pairs: z (S, K, D), W (D, 2D) → (S, K, K, D), [s, i, j]."""
+    """Eq. 8, W concat(z_i, z_j) = W₁ z_i + W₂ z_j: z (S, K, D), W (D, 2D) → (S, K, K, D), [s, receiver i, sender j]."""
     w1, w2 = linear.weight.chunk(2, dim=1)
     return F.linear(z, w1).unsqueeze(2) + F.linear(z, w2).unsqueeze(1)  # (S, K, 1, D) of i + (S, 1, K, D) of j
 
@@ -110,19 +110,19 @@ class DAGLayer(nn.Module):
         self.w_edge = nn.Linear(2 * D, D, bias=False)
         self.w_node = nn.Linear(2 * D, D, bias=False)
         self.w_up = nn.Linear(D, C, bias=False)
-        self.w_up.weight.init_scale = 0.0  # so that a new DAG-MoE computes what the standard MoE computes
+        self.w_up.weight.init_scale = 0.0  # read by GPT: a new DAG-MoE computes what the standard MoE does
 
     def edges(self, node: Tensor) -> tuple[Tensor, Tensor]:
         """node (S, K, C) → gates e and messages m, both (S, K, K, D): [s, i, j] is the edge from node j to node i."""
         z = self.w_down(self.norm(node))  # Eq. 7, (S, K, D), with RMSNorm for LN
-        e = self.sigma(pairwise(self.w_edge, z))  # Eq. 9, (S, K, K, D): an edge's own gate for each channel
+        e = self.sigma(pairwise(self.w_edge, z))  # Eq. 9, (S, K, K, D): of an edge, a gate per channel
         m = e * pairwise(self.w_node, z)  # Eq. 10
         return e, m
 
     def forward(self, node: Tensor) -> Tensor:
         """n^(l-1) → n^l, both (S, K, C)."""
         _, m = self.edges(node)  # (S, K, K, D)
-        return node + self.w_up(m.sum(dim=2))  # Eq. 11: Σ_j m_ij
+        return node + self.w_up(m.sum(dim=2))  # Eq. 11: Σ over j, the senders
 
 
 class DAGAggregator(nn.Module):
@@ -166,14 +166,14 @@ class Router(nn.Module):
             logits = F.linear(x.to(self.weight.dtype), self.weight)  # (S, E)
         prob = logits.softmax(dim=-1)
         gate, expert = prob.topk(self.top_k, dim=-1)
-        if self.renormalise:  # as in Mixtral; a single gate would be 1 always, and the router would learn nothing
+        if self.renormalise:  # as in Mixtral; a single gate would be 1 always, its gradient zero
             gate = gate / gate.sum(dim=-1, keepdim=True)
         E = len(self.weight)
-        load = F.one_hot(expert, E).sum(dim=(0, 1))  # (E) slots assigned to each expert, S·K in all
-        share = load.to(prob.dtype) / expert.numel()  # f_e: counts, so no gradient
+        count = F.one_hot(expert, E).sum(dim=(0, 1))  # (E), of S·K slots in all
+        share = count.to(prob.dtype) / expert.numel()  # f_e: made of counts, so no gradient
         balance = E * (share * prob.mean(dim=0)).sum()  # E · Σ_e f_e P_e (Switch 2021); P_e's gradient reaches all
         z = logits.logsumexp(dim=-1).square().mean()  # ST-MoE 2022
-        return gate, expert, (balance, z, load)
+        return gate, expert, (balance, z)
 
 
 class Experts(nn.Module):
@@ -184,16 +184,16 @@ class Experts(nn.Module):
         self.gate_proj = nn.Parameter(torch.empty(n_expert, hidden_dim, config.n_embd))
         self.up_proj = nn.Parameter(torch.empty(n_expert, hidden_dim, config.n_embd))
         self.down_proj = nn.Parameter(torch.empty(n_expert, config.n_embd, hidden_dim))
-        self.down_proj.init_scale = (2 * config.n_layer) ** -0.5
+        self.down_proj.init_scale = (2 * config.n_layer) ** -0.5  # as all 2·n_layer that write into h (GPT-2)
 
     def forward(self, x: Tensor, expert: Tensor) -> Tensor:
         """x (S, C), expert (S, K) ids → (S, K, C): slot (s, k) holds expert[s, k] applied to x[s]."""
         S, K = expert.shape
         E, C, H = self.down_proj.shape
-        # Sort the S·K slots by expert, so that each expert's rows are contiguous: expert e owns rows ends[e-1]:ends[e].
+        # Sort the S·K slots by expert, so that each expert's rows are contiguous: those of number i end at ends[i].
         sorted_expert, order = expert.flatten().sort(stable=True)
         ends = torch.searchsorted(sorted_expert, torch.arange(E, device=x.device), right=True, out_int32=True)
-        rows = x.index_select(0, order // K)  # (S·K, C)
+        rows = x.index_select(0, order // K)  # (S·K, C): slot n is token n // K's
         hidden = F.silu(grouped_linear(rows, self.gate_proj, ends)) * grouped_linear(rows, self.up_proj, ends)
         rows = grouped_linear(hidden, self.down_proj, ends)
         return rows.index_select(0, order.argsort()).view(S, K, C)  # undo the sort
@@ -206,7 +206,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     unless compiled, float32. Else a loop over the experts.
     """
     device = rows.device.type
-    if torch.is_autocast_enabled(device):  # which does not know grouped_mm
+    if torch.is_autocast_enabled(device):  # autocast does not know grouped_mm
         rows, weight = (x.to(torch.get_autocast_dtype(device)) for x in (rows, weight))
     float32_too = device == "cpu" and not torch.compiler.is_compiling()
     known = rows.dtype == torch.bfloat16 or (float32_too and rows.dtype == torch.float32)
@@ -244,7 +244,7 @@ FEED_FORWARD = {"sum": partial(MoE, WeightedSum), "dag": partial(MoE, DAGAggrega
 
 
 def rope_table(position: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (T, head_dim/2) for position (T): per token channel i turns by theta^(-2i/head_dim)."""
+    """Cosines and sines (T, head_dim/2) for position (T): each position turns pair i by theta^(-2i/head_dim)."""
     channel = torch.arange(0, head_dim, 2, device=position.device)
     angle = position[:, None] * theta ** (-channel / head_dim)
     return angle.cos(), angle.sin()
@@ -306,7 +306,6 @@ class Output(NamedTuple):
     loss: Tensor | None  # () cross-entropy in nats per token and nothing else, None without targets
     balance: Tensor  # () mean over layers of the balance loss: 1 when balanced, E/K when collapsed onto K experts
     z: Tensor  # () mean over layers of the z-loss, mean of logsumexp(logits)²
-    load: Tensor  # (n_layer, E) slots assigned to each expert, without gradient
 
 
 class GPT(nn.Module):
@@ -328,7 +327,7 @@ class GPT(nn.Module):
                 nn.init.normal_(weight, 0.0, INIT_STD * getattr(weight, "init_scale", 1.0), generator=generator)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: list[dict] | None = None) -> Output:
-        """tokens (B, T) ids, targets (B, T) ids or -1 where no loss is wanted (not everywhere) → Output.
+        """tokens (B, T) ids, targets (B, T) ids, -1 where no loss is wanted, at least one of them an id → Output.
 
         With a cache, one dict per layer, tokens continue what it holds, and only the last one's logits are computed.
         """
@@ -346,15 +345,15 @@ class GPT(nn.Module):
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
-        balance, z, load = (torch.stack(values) for values in zip(*all_aux, strict=True))
-        return Output(logits, loss, balance.mean(), z.mean(), load)
+        balance, z = (torch.stack(values).mean() for values in zip(*all_aux, strict=True))
+        return Output(logits, loss, balance, z)
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, max_new_tokens: int, n_token: int | None = None, **choice) -> Iterator[Tensor]:
         """Continue tokens (B, T): yield max_new_tokens times the next (B) ids, as soon as they are known.
 
         The context is at most block_size tokens; whenever it is full, its older half is dropped and the rest read
-        afresh. Only ids below n_token, the encoding's vocabulary, are chosen, as `choose` does with `choice`.
+        afresh. Only ids below n_token, the encoding's vocabulary, are chosen; `choice` goes to `choose`.
         """
         unread, cache = tokens[:, -self.config.block_size :], [{} for _ in self.blocks]
         for _ in range(max_new_tokens):
@@ -386,7 +385,7 @@ class GPT(nn.Module):
 def choose(
     logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, generator=None
 ) -> Tensor:
-    """logits (B, n_token) → (B) ids, the likeliest or, from the top_k and the nucleus top_p (Holtzman 2020), drawn."""
+    """logits (B, n_token) → (B) ids, the likeliest, or drawn among the top_k and the nucleus top_p (Holtzman 2020)."""
     if temperature < 1e-4:  # dividing by less would overflow, and the likeliest wins anyway
         return logits.argmax(dim=-1)
     logits, token = (logits / temperature).sort(dim=-1, descending=True)  # likeliest first

@@ -58,10 +58,10 @@ class Series(MoE):
         self.second = MoE(WeightedSum, config)
 
     def forward(self, h: Tensor) -> tuple[Tensor, Aux]:
-        """h (B, T, C) → (B, T, C), Aux: means of the two routers' losses, the sum of their loads."""
-        h, (balance, z, load) = super().forward(h)
-        h, (second_balance, second_z, second_load) = self.second(h)
-        return h, ((balance + second_balance) / 2, (z + second_z) / 2, load + second_load)
+        """h (B, T, C) → (B, T, C), Aux: means of the two routers' losses."""
+        h, (balance, z) = super().forward(h)
+        h, (second_balance, second_z) = self.second(h)
+        return h, ((balance + second_balance) / 2, (z + second_z) / 2)
 
 
 class ChainOfExperts(Series):
@@ -82,7 +82,6 @@ class Dense(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.n_expert = config.n_expert
         self.norm = nn.RMSNorm(config.n_embd, NORM_EPS)
         self.network = Experts(config, 1, config.top_k * config.expert_dim + config.shared_dim)
 
@@ -90,8 +89,7 @@ class Dense(nn.Module):
         """h (B, T, C) → (B, T, C), Aux of a router in perfect balance."""
         x = self.norm(h).flatten(0, 1)  # (S, C)
         first = torch.zeros(len(x), 1, dtype=torch.long, device=x.device)  # the only expert
-        load = torch.ones(self.n_expert, dtype=torch.long, device=x.device)
-        return h + self.network(x, first).view_as(h), (x.new_ones(()), x.new_zeros(()), load)
+        return h + self.network(x, first).view_as(h), (x.new_ones(()), x.new_zeros(()))
 
 
 class UngatedLayer(DAGLayer):

@@ -95,7 +95,7 @@ def answer(model: GPT, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     present = torch.zeros(len(tokens), vocab_size, dtype=torch.bool).scatter(1, tokens, True)
     weight = score.masked_fill(~present, -torch.inf).softmax(dim=-1)  # (heads, B, vocab_size)
     h = model.embed.weight[-1] + attention.o_proj((weight @ v).transpose(0, 1).flatten(1))  # (B, C)
-    h, (balance, z, _) = block.moe(h.unsqueeze(1))
+    h, (balance, z) = block.moe(h.unsqueeze(1))
     return model.head(model.norm(h)).squeeze(1), balance, z
 
 
