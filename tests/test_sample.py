@@ -195,6 +195,7 @@ def test_page_in_a_browser(save, call, browser, silu):
     layers = data["layers"]
     gates, shares = (np.array([[d[key] for d in layer["depths"]] for layer in layers]) for key in ("gate", "share"))
     black, width = gates.max() if silu else 1.0, gates.max(axis=(1, 3, 4)).T  # (tokens, layers)
+    assert f"gates (black: {black:g}{', the widest of this text' if silu else ''})" in browser.find("p")[0].text
     places = [tuple(place) for place in np.argwhere(width >= (black / 2 if silu else 0.1))]
     widest = divmod(width.T.argmax(), len(width))[::-1]
     again, (near, far) = places[0], ([place for place in places if place > widest] + places)[:2]
@@ -242,8 +243,8 @@ def test_hand_made_graph_shows_exactly_its_open_edge(save, call, browser, corpus
 def test_page_of_a_tree(call, browser, refused, monkeypatch):
     """Opens at "=": the tree with its values, and what is read at each depth, right and wrong told apart."""
     refused("must be a file in a folder that exists", tree_page, "a/b.html")
-    monkeypatch.setattr(trees, "PROBED", 300)
-    monkeypatch.setattr(tree_page, "train_trial", lambda trial: trees.train_trial(trial._replace(steps=20)))
+    monkeypatch.setattr(trees, "PROBED", 900)
+    monkeypatch.setattr(tree_page, "train_trial", lambda trial: trees.train_trial(trial._replace(steps=200)))
     assert call(tree_page, "page.html")[0] == 0
     tree = page_data()["tree"]
     leaves, *inner = tree["values"][0], *chain(*tree["values"][1:])
@@ -256,7 +257,7 @@ def test_page_of_a_tree(call, browser, refused, monkeypatch):
         marks = [circle.get_attribute("class") for circle in figure.find_elements("css selector", "circle")]
         assert marks == 8 * ["leaf"] + ["right" if x == y else "wrong" for x, y in zip(read, inner, strict=True)]
         assert len({*marks}) > 1 and ", ".join(f"{100 * share:.0f} %" for share in shares) in figure.text
-    assert tree["read"][-1][-1] == tree["values"][-1] and not browser.get_log("browser")
+    assert tree["read"][0][-1] != tree["values"][-1] == tree["read"][-1][-1] and not browser.get_log("browser")
 
 
 def test_statistics_equal_a_plain_loop(save, call, refused, corpus, monkeypatch):
