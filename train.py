@@ -43,7 +43,7 @@ CHECKPOINT = {"model": dict, "optimizer": dict, "model_config": dict, "train_con
 CHECKPOINT |= {"data": dict, "version": str, "step": int, "log": list, "losses": list, "grad_norm": float}
 EXPLAINED = {  # torch's errors
     "out of memory|allocate|overflow": "too large for the memory: a smaller --batch_size or a smaller model",
-    "size mismatch|missing key|unexpected key": "the weights do not fit the model's settings",
+    "size mismatch|missing key|unexpected key": "the weights do not fit the settings: leave out those that differ",
     "compiler": "torch.compile needs a C++ compiler: --compile=false",
     "gloo|nccl|peer": "another rank has ended; go on from the last checkpoint with --resume",
 }
@@ -178,7 +178,8 @@ def load_checkpoint(path: Path) -> tuple[GPT, dict]:
     Raises ValueError if the file is missing, damaged or does not fit. No code in it is executed.
     """
     path = path / "best.pt" if path.is_dir() else path
-    require(path.is_file(), f"{path} does not exist; train a model first: python train.py configs/quickstart.toml")
+    mend = "name a run's folder (with --resume: --out_dir), or train one: python train.py configs/quickstart.toml"
+    require(path.is_file(), f"{path} does not exist: {mend}")
     try:
         with zipfile.ZipFile(path) as archive:
             require(archive.testzip() is None, "checksum")  # torch.load does not compare what torch.save wrote
@@ -363,7 +364,7 @@ def train(run: Run) -> None:
     step_tokens = config.grad_accum * config.batch_size * model.config.block_size
     if state["step"] >= config.max_steps:
         if RANK == 0:
-            print(f"nothing left to do: {run.out_dir} is at step {state['step']} of {config.max_steps}")
+            print(f"nothing left to do: {run.out_dir} is at step {state['step']} of --max_steps={config.max_steps}")
         return
     network = torch.compile(model) if config.compile else model  # has the parameters of `model`, not copies
     if RANKS > 1:

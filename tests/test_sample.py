@@ -206,7 +206,7 @@ def test_page_in_a_browser(save, call, browser, silu):
         (right, (21, 1)), ("n", again), (down, (again[0], 1)), (home, (0, 1)), (up, (0, 0)), (right, (1, 0)),
     ):  # fmt: skip
         browser.find(press)[0].click() if press[:1] == "#" else browser.switch_to.active_element.send_keys(press)
-        assert browser.find("#title")[0].text.startswith(f"Layer {layer + 1}, token {token} ")
+        assert browser.find("#title")[0].text.startswith(f"Layer {layer + 1}, token {token + 1} ")
         assert f" {100 * layers[layer]['beyond'][token]:.0f} % is not in" in (says := browser.find("#says")[0].text)
         assert (("narrow" if silu else "nearly shut") in says) == ((token, layer) not in places)
         assert [float(cell.text.split()[0]) for cell in browser.find("#tables td")] == [*gates[layer, :, token].flat]
@@ -249,7 +249,7 @@ def test_page_of_a_tree(call, browser, refused, monkeypatch):
     tree = page_data()["tree"]
     leaves, *inner = tree["values"][0], *chain(*tree["values"][1:])
     browser.get(Path("page.html").absolute().as_uri())
-    assert browser.find("#title")[0].text == 'Layer 1, token 8 "="'
+    assert browser.find("#title")[0].text == 'Layer 1, token 9 "="'
     assert [text.text for text in browser.find("#tree text")] == [str(value) for value in leaves + inner]
     for figure, levels, shares in zip(browser.find("#read figure"), tree["read"], tree["right"], strict=True):
         read = [*chain(*levels)]

@@ -200,7 +200,7 @@ def test_resuming_is_exact(corpus, call, monkeypatch, stop_at, grad_accum):
     assert call(train, "--out_dir=out/again", "--resume")[0] == 0, "settings not given are the checkpoint's"
     assert_equal_runs("again", "tiny")
     status, out, _ = call(train, *run, "--out_dir=out/again", "--resume")
-    assert status == 0 and "nothing left to do: out/again is at step 6 of 6" in out
+    assert status == 0 and "nothing left to do: out/again is at step 6 of --max_steps=6" in out
     more = ("--max_steps=9", "--learning_rate=9e-5", "--min_lr=0")
     assert call(train, *run, "--out_dir=out/again", "--resume", *more)[0] == 0
     assert [row["step"] for row in read_log("out/again/log.csv")] == ["0", "3", "6", "9"]
@@ -306,7 +306,7 @@ def test_init_from_takes_weights_and_nothing_else(corpus, call, refused):
     """The first validation loss is the last one of the old weights; optimizer, step and log are new."""
     assert call(train, *TINY_RUN, "--max_steps=30", "--eval_interval=15")[0] == 0
     tuned = (*TINY_RUN, "--init_from=out/tiny", "--out_dir=out/tuned")
-    refused("the weights do not fit the model's settings", train, *tuned, "--n_layer=3")
+    refused("the weights do not fit the settings: leave out those that differ", train, *tuned, "--n_layer=3")
     refused("the weights do not fit", train, *tuned, "--aggregator=sum")
     assert not Path("out/tuned").exists()
     assert call(train, *tuned, "--max_steps=4", "--eval_interval=2", "--block_size=12")[0] == 0
