@@ -1,6 +1,6 @@
 """A page like sample.py's, for a model that works off trees (lab/trees.py): the graph at "=", and the tree beside it.
 
-    python -m lab.tree_page tree.html    # trains dag2_silu first: two minutes on one core
+    python -m lab.tree_page tree.html    # trains dag2_silu first: two to four minutes on one core
 
 Smaller trees show what a linear map reads off the graph's nodes, before the graph and after each depth.
 """
