@@ -321,7 +321,7 @@ def prepare(
     require(workers is None or workers > 0, f"--workers must be at least 1, got {workers}")
     require(name or what[0] in KNOWN, f"{what[0]} is not one of {', '.join(KNOWN)}; text of your own needs a --name")
     name = name or what[0]
-    require(what == [name] or name not in KNOWN, f"{name} is a known dataset: prepare it alone, or choose another name")
+    require(what == [name] or name not in KNOWN, f"{name} is a known dataset: prepare it alone, or take another --name")
     require(re.fullmatch(r"\w[\w.-]*", name, re.ASCII), f"{name!r} can't be a --name (letters, digits, _ . -)")
     require(what[0] in KNOWN[1:] or not base_url, "--base_url is for tinystories and openwebtext")
     encoding = get_encoding(encoding or ("bytes" if what == ["stdlib"] else "gpt2"))
@@ -384,8 +384,8 @@ class Dataset(NamedTuple):
 
 def open_dataset(name: str) -> Dataset:
     """The dataset data/NAME, memory-mapped. Raises ValueError, which names the command that mends it."""
-    path, tokens = DATA / name / "meta.json", []
-    mend = f"run python prepare.py {name if name in KNOWN else f'FILE_OR_FOLDER --name {Path(name).name}'}"
+    path, base, tokens = DATA / name / "meta.json", Path(name).name, []
+    mend = f"run python prepare.py {base if base in KNOWN else f'FILE_OR_FOLDER --name {base}'}"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         encoding = get_encoding(meta["encoding"])

@@ -178,7 +178,7 @@ def load_checkpoint(path: Path) -> tuple[GPT, dict]:
     Raises ValueError if the file is missing, damaged or does not fit. No code in it is executed.
     """
     path = path / "best.pt" if path.is_dir() else path
-    mend = "name a run's folder (with --resume: --out_dir), or train one: python train.py configs/quickstart.toml"
+    mend = "give the folder of a run, or begin one: python train.py configs/quickstart.toml"
     require(path.is_file(), f"{path} does not exist: {mend}")
     try:
         with zipfile.ZipFile(path) as archive:

@@ -296,7 +296,7 @@ def test_bad_input_is_refused_and_overwrites_nothing(corpus, refused, workdir, m
         ("invalid int value: '10**30'", "text", "--seed=10**30"),
         ("--workers must be at least 1, got 0", "text", "--workers=0"),
         ("--base_url is for tinystories and openwebtext", "text", "--base_url=http://x"),
-        ("stdlib is a known dataset: prepare it alone, or choose another name", "text", "--name=stdlib"),
+        ("stdlib is a known dataset: prepare it alone, or take another --name", "text", "--name=stdlib"),
         ("not one of stdlib, tinystories, openwebtext; text of your own needs a --name", "tinystory", "--name="),
         ("'../up' can't be a --name", "text", "--name=../up"),
         ("arguments are required: NAME_OR_PATH",),
@@ -330,6 +330,7 @@ def test_a_damaged_dataset_is_noticed(corpus):
     ):
         path.write_bytes(meta.replace(old, new))
         noticed(message)
+    noticed("data/data/stdlib", name="data/stdlib", mend="stdlib")
     noticed("data/data/tiny", name="data/tiny")  # with the name that belongs into the command
     path.write_bytes(meta)
     bin.write_bytes(tokens[:-1])
