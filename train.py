@@ -1,450 +1,440 @@
-"""Train a model on a prepared dataset, on one device or on several with torchrun.
+"""Train a DAG-MoE on a dataset that prepare.py has made.
 
     python train.py configs/quickstart.toml
-    python train.py configs/quickstart.toml --aggregator=sum --out_dir=out/sum
-    python train.py --resume --out_dir=out/sum --max_steps=8000
+    python train.py --resume --out_dir=out/quickstart --max_steps=8000
     torchrun --standalone --nproc_per_node=8 train.py configs/owt.toml
 
-Settings: the defaults below, then the keys of the config files, then --key=value, later ones winning. Results:
-log.csv, a row per evaluation; ckpt.pt, to go on from with --resume; best.pt, the best weights so far, to sample.
+The settings are the fields of TrainConfig, below, and of ModelConfig, in model.py. A config
+file overrides their defaults, and --key=value overrides the file. A run writes log.csv, ckpt.pt,
+to go on from with --resume, and best.pt, the weights of the lowest validation loss so far.
 """
 
-import argparse
 import csv
 import difflib
 import gc
 import inspect
-import json
 import math
 import os
-import re
+import shlex
 import signal
 import sys
 import time
 import tomllib
-import zipfile
 from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from model import GPT, VERSION, ModelConfig, check_types
-from prepare import DATA, KNOWN, Dataset, Parser, get_encoding, open_dataset, prepare, replacing, require, run, visible
+import prepare
+from model import GPT, ModelConfig
+from prepare import UserError, atomic_write, open_dataset
 
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
-LOG_COLUMNS = ["step", "tokens", "train_loss", "val_loss", "val_bpb", "balance", "z", "lr", "grad_norm", "tokens_per_s"]
-CHECKPOINT = {"model": dict, "optimizer": dict, "model_config": dict, "train_config": dict, "encoding": str}
-CHECKPOINT |= {"data": dict, "version": str, "step": int, "log": list, "losses": list, "grad_norm": float}
-EXPLAINED = {  # torch's errors
-    "out of memory|allocate|overflow": "too large for the memory: a smaller --batch_size or a smaller model",
-    "size mismatch|missing key|unexpected key": "the weights do not fit the settings: leave out those that differ",
-    "compiler": "torch.compile needs a C++ compiler: --compile=false",
-    "gloo|nccl|peer": "another rank has ended; go on from the last checkpoint with --resume",
-}
+VERSION = "0.3"  # of the contents of checkpoints
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything else that determines a run. Raises ValueError, showing the numbers, for what can't be meant."""
-
     dataset: str = "stdlib"  # folder below data/, made by prepare.py
-    out_dir: str = ""  # where results go; if empty, out/ and the config file's name
-    seed: int = 1337  # of the initial weights and of the order of the data
+    out_dir: str = "out/default"  # new folder for the results; out/NAME with configs/NAME.toml
+    resume: bool = False  # go on from out_dir/ckpt.pt, with the settings that are stored there
+    init_from: str = ""  # out/OTHER: start from its best weights, which may gain a graph
     max_steps: int = 1000  # optimizer steps
     batch_size: int = 16  # sequences of block_size tokens per micro-step
-    grad_accum: int = 1  # micro-steps per optimizer step, shared out over all ranks
-    learning_rate: float = 1e-3  # highest learning rate, reached after the warm-up
-    min_lr: float = 1e-4  # learning rate at the last step, reached along a cosine
-    warmup_steps: int = 100  # steps in which the learning rate rises linearly from zero
-    weight_decay: float = 0.1  # AdamW's decay, of matrices only
-    grad_clip: float = 1.0  # largest norm of the whole gradient; 0: any
-    balance_coef: float = 0.01  # weight of the balance loss
-    z_coef: float = 0.001  # weight of the router's z-loss
-    eval_interval: int = 200  # steps between evaluations, each with a row in log.csv and a checkpoint
-    eval_tokens: int = 100_000  # validation tokens per evaluation, in evenly spaced windows
-    device: str = "auto"  # auto (CUDA, else MPS, else CPU), or a torch device
-    dtype: str = "auto"  # precision of matrix products: auto (bfloat16 on CUDA, else float32), float32, bfloat16
-    compile: bool = False  # compile the model with torch.compile: slow to start, then faster in bfloat16
-    resume: bool = False  # go on from OUT_DIR/ckpt.pt; settings not given are those of the checkpoint
-    init_from: str = ""  # out/OTHER or a checkpoint: start from its weights, a sum's also as a dag; fresh optimizer
+    grad_accum: int = 1  # micro-steps per optimizer step, of all processes together
+    seed: int = 1337  # decides the first weights and the order of the data
+    learning_rate: float = 1e-3  # peak, reached after the warm-up
+    min_lr: float = 1e-4  # what it has fallen to at max_steps, along a cosine
+    warmup_steps: int = 100  # steps in which it rises linearly from zero
+    weight_decay: float = 0.1  # of AdamW, for matrices only
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 means no limit
+    balance_coef: float = 0.01  # weight of the balance loss, which spreads tokens over experts
+    z_coef: float = 0.001  # weight of the z-loss, which keeps the router's logits small
+    eval_interval: int = 200  # steps between evaluations, each of which saves the run
+    eval_tokens: int = 100_000  # validation tokens to read each time
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes the fastest there is
+    dtype: str = "auto"  # of matrix products: float32 or bfloat16; auto takes the latter on CUDA
+    compile: bool = False  # torch.compile: a slow start, then faster steps in bfloat16
 
     def __post_init__(self):
-        check_types(self, may_be_zero=("seed", "warmup_steps"))
-        for f in fields(self):
-            value = getattr(self, f.name)
-            require(f.type is not float or 0 <= value < math.inf, f"{f.name} must be 0 or more and finite, got {value}")
-        require(self.min_lr <= self.learning_rate, f"min_lr ({self.min_lr}) must not exceed learning_rate")
+        at_least_one = ("max_steps", "batch_size", "grad_accum", "eval_interval", "eval_tokens")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            least = 1 if field.name in at_least_one else 0
+            if field.type in (int, float) and not least <= value < 2**31:
+                raise ValueError(f"{field.name} must be {least} or more, below 2**31, got {value}")
+        if self.min_lr > self.learning_rate:
+            raise ValueError(f"min_lr ({self.min_lr}) exceeds learning_rate {self.learning_rate}")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"dtype must be auto, float32 or bfloat16, got {self.dtype!r}")
 
 
-KINDS = {f.name: f.type for f in (*fields(TrainConfig), *fields(ModelConfig))}
+SETTING_TYPES = TrainConfig.__annotations__ | ModelConfig.__annotations__
+BOOLEANS = {"true": True, "false": False}
 
 
-def parse(arguments: list[str]) -> dict:
-    """Settings by key, and the paths of config files (first). Raises ValueError, naming the nearest key, if unknown."""
-    parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.allow_abbrev = False
-    parser.add_argument("config", nargs="*", type=Path, help="files such as configs/quickstart.toml")
-    flag = {"choices": ("true", "false"), "nargs": "?", "const": "true"}  # --compile, --compile=false, --compile false
-    for config in (TrainConfig, ModelConfig):
-        comments = dict(re.findall(r"^ {4}(\w+): .*?  # (.+)$", inspect.getsource(config), re.MULTILINE))
-        for f in fields(config):
-            text = f"{comments[f.name]} (default: {f.default!r})".replace("%", "%%")
-            kind = flag if f.type is bool else {"type": f.type, "metavar": "VALUE"}
-            parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **kind)
-    settings, unknown = parser.parse_known_intermixed_args(arguments)
-    for argument in [*unknown, *(path for path in map(str, settings.config) if path.startswith("-"))]:
-        nearest = difflib.get_close_matches(argument.split("=")[0].strip("-"), KINDS, n=1, cutoff=0)[0]
-        raise ValueError(f"unknown setting {argument}; the nearest key is {nearest} (see python train.py --help)")
-    return {key: value == "true" if KINDS.get(key) is bool else value for key, value in vars(settings).items()}
+def convert(key: str, value) -> bool | int | float | str:
+    """Turn the value of a setting, typed or from a TOML file, into the type of its field."""
+    if key not in SETTING_TYPES:
+        nearest = difflib.get_close_matches(key, SETTING_TYPES, n=1, cutoff=0)[0]
+        raise UserError(f"unknown setting {key}={value}, did you mean {nearest}?")
+    kind = SETTING_TYPES[key]
+    try:
+        if kind is bool:
+            return BOOLEANS[str(value).lower()]
+        return kind(str(value))  # str() first, because int(1.5) would round
+    except (KeyError, ValueError):
+        raise UserError(f"{key} must be of type {kind.__name__}, got {value!r}") from None
 
 
-def read_settings(argv: list[str]) -> dict:
-    """Settings of the config files, each read as if its keys were --key=value, then of the command line, by key."""
-    given, in_files = parse(argv), {}
-    for path in given["config"]:
-        require(path.exists() and not path.is_dir(), f"there is no config file {path}; try configs/quickstart.toml")
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-            texts = {key: x if KINDS.get(key) is str else json.dumps(x, default=str) for key, x in values.items()}
-            in_files |= parse([f"--{key}={text}" for key, text in texts.items()])
-        except ValueError as error:  # no TOML, no UTF-8, or a wrong setting
-            raise ValueError(f"{path}: {error}") from error
-    settings = in_files | given
-    paths = settings.pop("config")
-    return settings | {"out_dir": settings.get("out_dir") or f"out/{paths[-1].stem if paths else 'default'}"}
+def read_settings(words: list[str]) -> dict:
+    """Collect the settings of a command line: those of config files, then --key=value."""
+    typed = {}
+    from_files = {"out_dir": TrainConfig.out_dir}
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        if word.startswith("--"):
+            key, equals, value = word.removeprefix("--").partition("=")
+            if not equals:
+                # The next word is the value, unless a --compile stands alone and means true.
+                is_bare = not words or (SETTING_TYPES.get(key) is bool and words[0] not in BOOLEANS)
+                value = "true" if is_bare else words.pop(0)
+            typed[key] = value
+        else:
+            from_files["out_dir"] = f"out/{Path(word).stem}"
+            try:
+                from_files |= tomllib.loads(Path(word).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise UserError(f"cannot read the config file {word}: {error}") from error
+    settings = from_files | typed
+    return {key: convert(key, value) for key, value in settings.items()}
 
 
-def make_config(cls: type, settings: dict):
-    """A ModelConfig or TrainConfig from those settings that belong to it."""
-    return cls(**{f.name: settings[f.name] for f in fields(cls) if f.name in settings})
+def make_config(config_class: type, settings: dict):
+    """Build a TrainConfig or ModelConfig from those settings that are fields of it."""
+    own = {key: settings[key] for key in config_class.__annotations__ if key in settings}
+    try:
+        return config_class(**own)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
-def windows(tokens: np.ndarray, offsets: np.ndarray, model: GPT) -> Tensor:
-    """What begins at `offsets`, on the model's device: (offsets, block_size + 1) ids, the inputs and the targets."""
-    ids = np.stack([tokens[i : i + model.config.block_size + 1] for i in offsets]).astype(np.int64)
-    require(ids.max() < model.config.vocab_size, f"{tokens.filename} has ids beyond the vocabulary: prepare it again")
-    return torch.from_numpy(ids).to(model.embed.weight.device)
+def read_windows(tokens, offsets, model_config: ModelConfig, device: torch.device) -> torch.Tensor:
+    """Stack the windows of ids that begin at the offsets: (offsets, block_size + 1)."""
+    length = model_config.block_size + 1
+    windows = np.stack([tokens[start : start + length] for start in offsets]).astype(np.int64)
+    # A GPU would answer an id that has no embedding with a riddle.
+    if windows.max() >= model_config.vocab_size:
+        raise UserError("the data has ids beyond vocab_size: prepare it again")
+    batch = torch.from_numpy(windows)
+    if device.type == "cuda":
+        batch = batch.pin_memory()  # so that the GPU can fetch it by itself
+    return batch.to(device, non_blocking=True)
 
 
-def spaced_offsets(tokens: np.ndarray, block_size: int, wanted: int) -> np.ndarray:
-    """Where evenly spaced windows begin that hold about `wanted` tokens together."""
-    count = max(1, min(wanted, len(tokens) - 1) // block_size)
-    return np.linspace(0, len(tokens) - block_size - 1, count).astype(np.int64)
-
-
-def get_batch(tokens: np.ndarray, model: GPT, config: TrainConfig, step: int) -> list[Tensor]:
-    """This rank's micro-steps of a step, each (batch_size, block_size + 1): a pure function of data, seed and step.
-
-    The offsets of the whole step are drawn at once, so two ranks with two micro-steps each see what one with four sees.
-    """
-    rng = np.random.default_rng((config.seed, step))
-    offsets = rng.integers(0, len(tokens) - model.config.block_size, size=(config.grad_accum, config.batch_size))
-    return [windows(tokens, of_one, model) for of_one in offsets[RANK::RANKS]]
+def get_batch(tokens, config, model_config, device, step: int, rank: int, ranks: int) -> list:
+    """Return this rank's micro-batches of a step, which the seed and the step alone decide."""
+    generator = np.random.default_rng((config.seed, step))
+    shape = (config.grad_accum, config.batch_size)
+    offsets = generator.integers(0, len(tokens) - model_config.block_size, size=shape)
+    # Drawn for all ranks, then dealt out: two ranks with two each see what one with four sees.
+    return [read_windows(tokens, row, model_config, device) for row in offsets[rank::ranks]]
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is CUDA, a GPU per rank, else MPS (Apple; one rank only), else the CPU."""
+    """Return the device of this name, or for "auto" a GPU if there is one, else the CPU."""
     if name == "auto":
-        mps = torch.backends.mps.is_available() and RANKS == 1
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        name = accelerator.type if accelerator else "cpu"
     try:
-        device = torch.zeros(1, device=name).device
-        require(device.type in ("cpu", "cuda", "mps"), "train.py knows no such device")
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
-        raise ValueError(f"device {name!r} can't be used here ({str(error).splitlines()[0][:100]}); try cpu") from error
+        if name == "cuda":
+            # torchrun numbers the processes of a machine, so that each takes a GPU of its own.
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, AttributeError) as error:
+        raise UserError(f"there is no device {name!r} here, try --device=cpu") from error
 
 
 def autocast(device: torch.device, dtype: str = "auto") -> torch.autocast:
-    """A context for forward passes: weights stay float32, matrix products are in `dtype`; auto: bfloat16 on CUDA."""
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float32"
-    require(dtype in ("float32", "bfloat16"), f"dtype must be auto, float32 or bfloat16, got {dtype!r}")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+    """Make a context in which matrix products are in bfloat16, if wanted; weights stay float32."""
+    if dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(False):
+        dtype = "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
-def load_checkpoint(path: Path) -> tuple[GPT, dict]:
-    """The model, in evaluation mode on the CPU, and all contents of a checkpoint; of a run's folder, of its best.pt.
-
-    Raises ValueError if the file is missing, damaged or does not fit. No code in it is executed.
-    """
-    path = path / "best.pt" if path.is_dir() else path
-    mend = "give the folder of a run, or begin one: python train.py configs/quickstart.toml"
-    require(path.is_file(), f"{path} does not exist: {mend}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            require(archive.testzip() is None, "checksum")  # torch.load does not compare what torch.save wrote
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        wrong = [key for key, kind in CHECKPOINT.items() if not isinstance(checkpoint[key], kind)]
-        require(not wrong, f"wrong types: {wrong}")
-        model = GPT(ModelConfig(**checkpoint["model_config"]))
-        model.load_state_dict(checkpoint["model"])
-        for moment in ("exp_avg", "exp_avg_sq") if checkpoint["optimizer"] else ():
-            shapes = sorted(state[moment].shape for state in checkpoint["optimizer"].values())
-            require(shapes == sorted(p.shape for p in model.parameters()), "moments of other shapes")
-        numbers = [*checkpoint["losses"], *(x for row in checkpoint["log"] for x in row.values() if x is not None)]
-        tensors = [*model.parameters(), torch.tensor([*numbers, checkpoint["grad_norm"]])]
-        require(all(x.isfinite().all() for x in tensors), "numbers that are not finite")
-    except Exception as error:  # whatever torch stumbles over: the file is not what train.py wrote
-        raise ValueError(f"{path} is damaged, or not a checkpoint of this train.py ({error!r:.200})") from error
-    return model.eval(), checkpoint | {"path": path}
-
-
-def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices, embeddings and stacked experts, and none on the norms' scales."""
-    matrices, scales = ([p for p in model.parameters() if (p.dim() > 1) is matrix] for matrix in (True, False))
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": scales, "weight_decay": 0.0}]
-    fused = model.embed.weight.device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=fused)
-
-
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Rises linearly for warmup_steps, then falls along a cosine to min_lr at max_steps."""
+def get_learning_rate(step: int, config: TrainConfig) -> float:
+    """Rise linearly during the warm-up, then fall to min_lr along half a cosine."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
+    height = 0.5 * (1 + math.cos(math.pi * progress))  # from 1 down to 0
+    return config.min_lr + height * (config.learning_rate - config.min_lr)
 
 
-def accumulate_gradients(network: nn.Module, batch: list[Tensor], config: TrainConfig, cast: torch.autocast) -> Tensor:
-    """Add a step's gradient, averaged over micro-steps and ranks. Returns this rank's mean cross-entropy."""
-    losses = []
-    for i, tokens in enumerate(batch):
-        network.require_backward_grad_sync = i == len(batch) - 1  # DDP: ranks exchange gradients once per step
-        with cast:
-            out = network(tokens[:, :-1], tokens[:, 1:])
-        loss = out.loss + config.balance_coef * out.balance + config.z_coef * out.z
-        (loss / len(batch)).backward()
-        losses.append(out.loss.detach())
-    return torch.stack(losses).mean()
+def make_optimizer(model: GPT, weight_decay: float) -> torch.optim.AdamW:
+    """Make an AdamW that lets matrices decay, but not the scales of the norms."""
+    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
+    scales = [weight for weight in model.parameters() if weight.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": scales}]
+    return torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.95), fused=True)
 
 
 @torch.no_grad()
-def evaluate(model: GPT, data: Dataset, config: TrainConfig, cast: torch.autocast) -> dict[str, float]:
-    """Mean cross-entropy (nats per token) and auxiliary losses over the same validation windows, however many ranks."""
-    offsets = spaced_offsets(data.val, model.config.block_size, config.eval_tokens)
+def evaluate(model: GPT, tokens, config: TrainConfig, cast, rank=0, ranks=1) -> list[float]:
+    """Return the mean cross-entropy, balance loss and z-loss over evenly spaced windows."""
+    block_size = model.config.block_size
+    count = max(1, min(config.eval_tokens, len(tokens) - 1) // block_size)
+    offsets = np.linspace(0, len(tokens) - block_size - 1, count).astype(np.int64)
     means = torch.zeros(3, device=model.embed.weight.device)
-    starts = range(RANK * config.batch_size, len(offsets), RANKS * config.batch_size)
-    for start in tqdm(starts, "evaluating", leave=False, delay=1, mininterval=1, disable=RANK > 0):
-        tokens = windows(data.val, offsets[start : start + config.batch_size], model)
+    for start in range(rank * config.batch_size, count, ranks * config.batch_size):
+        part = offsets[start : start + config.batch_size]
+        batch = read_windows(tokens, part, model.config, means.device)
         with cast:
-            out = model(tokens[:, :-1], tokens[:, 1:])
-        means += torch.stack([out.loss, out.balance, out.z]) * len(tokens) / len(offsets)
-    if RANKS > 1:
+            out = model(batch[:, :-1], batch[:, 1:])
+        means += torch.stack([out.loss, out.balance_loss, out.z_loss]) * len(batch) / count
+    if ranks > 1:
         dist.all_reduce(means)
-    loss, balance, z = means.tolist()
-    return {"val_loss": loss, "val_bpb": loss / math.log(2) / data.bytes_per_token, "balance": balance, "z": z}
+    return means.tolist()
 
 
-def check_finite(model: GPT, step: int, **values: float) -> None:
-    """Raise ValueError, naming the step and the first bad tensor, if one of the values is not a finite number."""
-    if not all(map(math.isfinite, values.values())):
-        tensors = {f"weight {name}": p for name, p in model.named_parameters()}
-        # Gradients are computed from the output to the input: the last one in the model went wrong first.
-        tensors |= {f"gradient of {name}": p.grad for name, p in reversed(list(model.named_parameters()))}
-        bad = next((name for name, x in tensors.items() if x is not None and not x.isfinite().all()), "no tensor")
-        raise ValueError(f"step {step}: not finite: {values}, first {bad}; try a lower --learning_rate in a new run")
-
-
-class StopRequest:
-    """Notices Ctrl-C, SIGTERM and SIGHUP, so that what is under way is finished and saved. Two stop at once."""
-
-    def __init__(self):
-        self.seen, self.under_way = False, "this step"
-        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # not on Windows
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
-                signal.signal(number, self.notice)
-
-    def notice(self, number: int, frame) -> None:
-        self.seen = True
-        signal.signal(number, signal.SIG_DFL)
-        print(f"\nfinishing {self.under_way}, then saving (once more: stop at once)", file=sys.stderr)
-
-
-def outlive_reader(stream) -> None:
-    """Let a text stream lose what can't be written any more, as after `| head`, instead of ending the training."""
-    write = stream.write
-
-    def attempt(text: str) -> None:
-        try:
-            write(text)
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-    stream.write = attempt
-
-
-class Run:
-    """Everything that a training needs, made from its settings, and how far it has come."""
-
-    def __init__(self, given: dict):
-        where = {key: given[key] for key in ("out_dir", "resume", "init_from") if key in given}
-        c, old, checkpoint = make_config(TrainConfig, where), None, {}
-        if c.resume:
-            old, checkpoint = load_checkpoint(Path(c.out_dir, "ckpt.pt"))
-            kept = checkpoint["train_config"] | checkpoint["model_config"]
-            for key in given.keys() & {"dataset", "seed", "batch_size", "grad_accum", *checkpoint["model_config"]}:
-                contradiction = f"{key} is {kept[key]!r} in {checkpoint['path']}, not {given[key]!r}"
-                require(given[key] == kept[key], f"{contradiction}: leave it, or the file that has it, out")
-            given = kept | given
-        elif c.init_from:
-            old, checkpoint = load_checkpoint(Path(c.init_from))
-            given = checkpoint["model_config"] | given
-        self.config = c = make_config(TrainConfig, given)
-        self.out_dir, self.device = Path(c.out_dir), choose_device(c.device)
-        require(c.resume or not self.out_dir.exists(), f"{c.out_dir} exists: --resume it, or take another --out_dir")
-        require(c.grad_accum % RANKS == 0, f"grad_accum ({c.grad_accum}) must be a multiple of the {RANKS} ranks")
-        self.cast = autocast(self.device, c.dtype)
-        if c.dataset in KNOWN and RANK == 0 and not (DATA / c.dataset / "meta.json").exists():
-            print(f"dataset {c.dataset!r} is not there yet, so first python prepare.py {c.dataset} is run", flush=True)
-            prepare([c.dataset])
-        if RANKS > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-            dist.all_reduce(torch.zeros(1, device=self.device))  # waits for the first rank, which may be preparing
-        self.data = open_dataset(c.dataset)
-        self.model_config = make_config(ModelConfig, {"vocab_size": self.data.meta["vocab_size"]} | given)
-        self.encoding = get_encoding(checkpoint.get("encoding", self.data.meta["encoding"]))
-        self.data.check_fits(self.encoding.name, self.model_config.vocab_size, self.model_config.block_size)
-
-        torch.manual_seed(c.seed)
-        self.model = GPT(self.model_config)
-        if old is not None:  # a graph that is new in it keeps its own first weights, with W_up = 0
-            own = {name: weight for name, weight in self.model.state_dict().items() if ".aggregate." in name}
-            self.model.load_state_dict(own | old.state_dict())
-        self.optimizer = make_optimizer(self.model.to(self.device), c)
-        self.state = {"step": 0, "log": [], "losses": [], "grad_norm": 0.0}  # losses: since the last evaluation
-        if c.resume:
-            require(checkpoint["data"] == self.data.fingerprint, f"{c.dataset} has changed since {checkpoint['path']}")
-            self.state = {key: checkpoint[key] for key in self.state}
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": checkpoint["optimizer"], "param_groups": groups})
-
-    def save(self) -> None:
-        """Write best.pt if the last evaluation was the best one, log.csv, and at last ckpt.pt."""
-        self.out_dir.mkdir(parents=True, exist_ok=self.state["step"] > 0)  # fails if another run has made it since
-        contents = {"model": self.model.state_dict(), "encoding": self.encoding.name, "data": self.data.fingerprint}
-        contents |= {"model_config": asdict(self.model_config), "train_config": asdict(self.config), "version": VERSION}
-        log = self.state["log"]
-        if log[-1]["step"] == self.state["step"] and log[-1]["val_loss"] == min(row["val_loss"] for row in log):
-            with replacing(self.out_dir / "best.pt") as file:
-                torch.save(contents | self.state | {"optimizer": {}}, file)
-        with replacing(self.out_dir / "log.csv", "w") as file:
-            writer = csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({k: f"{x:.6g}" if isinstance(x, float) else x for k, x in row.items()} for row in log)
-        with replacing(self.out_dir / "ckpt.pt") as file:
-            torch.save(contents | self.state | {"optimizer": self.optimizer.state_dict()["state"]}, file)
-
-    def print_samples(self) -> None:
-        """Two short texts, to see what was learned."""
-        start = torch.full((2, 1), self.encoding.eot_token, device=self.device)
-        choice = {"temperature": 0.8, "generator": torch.Generator(self.device).manual_seed(self.config.seed)}
-        with self.cast:
-            ids = torch.stack(list(self.model.eval().generate(start, 400, self.encoding.n_vocab, **choice)), dim=1)
-        for text in ids.tolist():
-            end = [*text, self.encoding.eot_token].index(self.encoding.eot_token)
-            print(f"\n--- sample ---\n{visible(self.encoding.decode(text[:end]))}")
-        if self.model_config.aggregator in ("sum", "dag"):  # sample.py knows no others
-            print(f"\nfor more: python sample.py {self.out_dir} --prompt 'YOUR TEXT'")
-
-
-def train(run: Run) -> None:
-    """From the first evaluation to the samples at the end."""
-    model, config, state, cost = run.model, run.config, run.state, run.model.cost()
-    step_tokens = config.grad_accum * config.batch_size * model.config.block_size
-    if state["step"] >= config.max_steps:
-        if RANK == 0:
-            print(f"nothing left to do: {run.out_dir} is at step {state['step']} of --max_steps={config.max_steps}")
-        return
-    network = torch.compile(model) if config.compile else model  # has the parameters of `model`, not copies
-    if RANKS > 1:
-        network = DistributedDataParallel(network)
-    if RANK == 0:
-        print(f"{RANKS} x {run.device}; {cost['active']:,} of {cost['parameters']:,} parameters active per token")
-        steps = f"steps {state['step']:,} to {config.max_steps:,} of {step_tokens:,} tokens of {config.dataset}"
-        print(f"{run.out_dir}: {steps}" + "; compiling takes a minute" * config.compile)
-
-    batch, stop, stopping = get_batch(run.data.train, model, config, state["step"]), StopRequest(), False
-    since, then = time.perf_counter(), state["step"]  # of the end of the last evaluation
-    done, wanted = state["step"] * step_tokens, config.max_steps * step_tokens
-    bar = tqdm(total=wanted, initial=done, unit=" tokens", disable=RANK > 0)
-    bar.mininterval = 0.2 if sys.stderr.isatty() else 10  # a log file wants fewer lines than a terminal
-    with bar:
-        while True:
-            step, log = state["step"], state["log"]
-            due = step % config.eval_interval == 0 or step == config.max_steps
-            if due and not stopping and not (log and log[-1]["step"] == step):
-                speed = (step - then) * step_tokens / (time.perf_counter() - since) if step > then else None
-                stop.under_way = "this evaluation"
-                result = evaluate(model, run.data, config, run.cast)
-                stop.under_way = "this step"
-                check_finite(model, step, validation_loss=result["val_loss"])
-                row = {"step": step, "tokens": step * step_tokens, "lr": learning_rate(step, config), **result}
-                row["train_loss"] = sum(state["losses"]) / len(state["losses"]) if state["losses"] else None
-                log.append(row | {"grad_norm": state["grad_norm"], "tokens_per_s": speed})
-                state["losses"] = []
-                if RANK == 0:
-                    bar.write(f"step {step:>6}: validation loss {row['val_loss']:.4f}, bits/byte {row['val_bpb']:.4f}")
-                    run.save()
-                since, then = time.perf_counter(), step
-            if stopping or step >= config.max_steps:
-                break
-
-            for group in run.optimizer.param_groups:
-                group["lr"] = learning_rate(step, config)
-            loss = accumulate_gradients(network, batch, config, run.cast)
-            batch = get_batch(run.data.train, model, config, step + 1)  # while a GPU is still busy with this one
-            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-            totals = torch.stack([loss, torch.full_like(loss, stop.seen)])  # all ranks decide together whether to stop
-            if RANKS > 1:
-                dist.all_reduce(totals)
-            loss, stopping = totals[0].item() / RANKS, totals[1].item() > 0 and step + 1 < config.max_steps
-            check_finite(model, step, loss=loss, gradient_norm=grad_norm.item())
-            torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip or math.inf, grad_norm)
-            run.optimizer.step()
-            run.optimizer.zero_grad()
-            state |= {"step": step + 1, "grad_norm": grad_norm.item()}
-            state["losses"].append(loss)
-            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-            bar.update(step_tokens)
-    if RANK == 0 and stopping:
-        run.save()
-        print(f"stopped after step {step} and saved; go on with --resume --out_dir={run.out_dir}")
-    elif RANK == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # all is saved: Ctrl-C may end the samples
-        run.print_samples()
+def load_checkpoint(path: Path) -> dict:
+    """Read a checkpoint file, or the best one of a run's folder, without executing code in it."""
+    path = path.expanduser()
+    if path.is_dir():
+        path = path / "best.pt" if (path / "best.pt").exists() else path / "ckpt.pt"
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        version = checkpoint["version"]
+    except Exception as error:  # of many kinds, if the file is missing, damaged, or something else
+        raise UserError(f"{path} is not a checkpoint of train.py: {error!r:.120}") from error
+    if version != VERSION:
+        raise UserError(f"{path} is of version {version}, and this is version {VERSION}")
+    return checkpoint
 
 
 def main() -> None:
-    """Train, whoever reads what is printed, and say in one line what can be mended."""
-    for stream in (sys.stdout, sys.stderr):
-        outlive_reader(stream)
-    try:
-        train(Run(read_settings(sys.argv[1:])))
-    except (ValueError, OSError, RuntimeError) as error:
-        if RANK > 0:  # most errors are the first rank's, too, who prints them; torchrun then ends the others
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(5)
-        for pattern, meaning in EXPLAINED.items():
-            found = re.search(f"({pattern}).*", str(error), re.IGNORECASE | re.DOTALL)
-            if isinstance(error, RuntimeError) and found:
-                error = ValueError(f"{meaning} ({' '.join(found[0].split())[:150]})")
-        raise error if isinstance(error, RuntimeError) else error.with_traceback(None) from None
-    finally:
-        if dist.is_initialized():
-            gc.collect()  # of DDP's wrapper, which must not outlive the process group
-            dist.destroy_process_group()
+    # -- settings --
+    if "--help" in sys.argv:
+        print(__doc__, inspect.getsource(TrainConfig), inspect.getsource(ModelConfig), sep="\n")
+        return
+    settings = read_settings(sys.argv[1:])
+    out_dir = Path(settings["out_dir"]).expanduser()
+    checkpoint = None  # what the run starts from, unless it is a fresh one
+    if settings.get("resume"):
+        checkpoint = load_checkpoint(out_dir / "ckpt.pt")
+        stored = checkpoint["train_config"] | checkpoint["model_config"]
+        # With any of these changed it would be a different run.
+        for key in ["dataset", "seed", "batch_size", "grad_accum", *checkpoint["model_config"]]:
+            if settings.get(key, stored[key]) != stored[key]:
+                raise UserError(f"{out_dir} was begun with {key}={stored[key]}, so keep it")
+        settings = stored | settings
+    elif (out_dir / "ckpt.pt").exists():
+        raise UserError(f"{out_dir} exists: --resume it, or choose another --out_dir")
+    elif settings.get("init_from"):
+        checkpoint = load_checkpoint(Path(settings["init_from"]))
+        settings = checkpoint["model_config"] | settings
+    config = make_config(TrainConfig, settings)
+
+    # -- ranks and device --
+    # torchrun starts several processes, called ranks, and tells each its number.
+    rank = int(os.environ.get("RANK", 0))
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if config.grad_accum % ranks != 0:
+        raise UserError(f"grad_accum={config.grad_accum} is not a multiple of {ranks} processes")
+    device = choose_device(config.device)
+    cast = autocast(device, config.dtype)
+    if ranks > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    # -- data --
+    if config.dataset == "stdlib" and ranks == 1 and not (prepare.DATA / "stdlib").exists():
+        prepare.main(["stdlib"])  # it takes a second and needs no download
+    meta, train_tokens, val_tokens = open_dataset(config.dataset)
+    model_config = make_config(ModelConfig, {"vocab_size": meta["vocab_size"]} | settings)
+    if model_config.vocab_size < meta["vocab_size"]:
+        raise UserError(f"{config.dataset} needs vocab_size={meta['vocab_size']} or more")
+    if min(len(train_tokens), len(val_tokens)) <= model_config.block_size:
+        raise UserError(f"a split of {config.dataset} is not longer than block_size")
+    if checkpoint and checkpoint["data"]["encoding"] != meta["encoding"]:
+        raise UserError(f"{config.dataset} is in {meta['encoding']}, which the model cannot read")
+    if config.resume and checkpoint["data"] != meta:
+        raise UserError(f"{config.dataset} has changed since {out_dir} was saved")
+    bytes_per_token = meta["splits"]["val"]["bytes"] / meta["splits"]["val"]["tokens"]
+
+    # -- model and optimizer --
+    torch.manual_seed(config.seed)  # sum and dag begin alike, see GPT
+    model = GPT(model_config)
+    if checkpoint:
+        # A graph that the checkpoint does not have keeps its first weights, which do nothing yet.
+        graph = {name: w for name, w in model.state_dict().items() if ".aggregate." in name}
+        try:
+            model.load_state_dict(graph | checkpoint["model"])
+        except RuntimeError as error:
+            raise UserError(f"the weights of {config.init_from} do not fit these sizes") from error
+    model.to(device)
+    optimizer = make_optimizer(model, config.weight_decay)
+    step = 0
+    losses = []  # of the steps since the last evaluation
+    log = []  # a row per evaluation
+    grad_norm = 0.0
+    if config.resume:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        step = checkpoint["step"]
+        losses = checkpoint["losses"]
+        log = checkpoint["log"]
+        grad_norm = checkpoint["grad_norm"]
+    network = torch.compile(model) if config.compile else model  # of the same weights
+    if ranks > 1:
+        network = torch.nn.parallel.DistributedDataParallel(network)
+
+    def save(name: str) -> None:
+        contents = {
+            "version": VERSION,
+            "data": meta,  # with the checksums of both splits
+            "model_config": asdict(model_config),
+            "train_config": asdict(config),
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict() if name == "ckpt.pt" else None,
+            "step": step,
+            "losses": losses,
+            "log": log,
+            "grad_norm": grad_norm,
+        }
+        with atomic_write(out_dir / name) as file:
+            torch.save(contents, file)
+
+    # -- the loop --
+    step_tokens = config.grad_accum * config.batch_size * model_config.block_size
+    if rank == 0:
+        total = sum(weight.numel() for weight in model.parameters())
+        experts = sum(w.numel() for name, w in model.named_parameters() if ".experts." in name)
+        active = total - experts + experts * model_config.top_k // model_config.n_expert
+        print(f"{total:,} parameters, {active:,} active per token, {step_tokens:,} tokens per step")
+        if config.warmup_steps >= config.max_steps:
+            print(f"the warm-up never ends: warmup_steps={config.warmup_steps}")
+        if config.compile and not cast._enabled:
+            print("--compile pays with --dtype=bfloat16 only")
+    bar = tqdm(total=config.max_steps, initial=step, disable=rank > 0)
+    if not sys.stderr.isatty():  # a log file gets a line a minute in place of the bar
+        bar.mininterval = 60
+        bar.bar_format = "step {n} of {total}{postfix}, {remaining} left\n"
+    batch = get_batch(train_tokens, config, model_config, device, step, rank, ranks)
+    signals = []  # that ask to stop: Ctrl-C, SIGTERM, a closed terminal
+
+    def receive(number: int, frame) -> None:
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)  # the second one ends the process at once
+        # Not print(), which fails if the signal comes in the middle of another print().
+        os.write(2, b"\nfinishing this step, then saving; once more to end at once\n")
+
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it for SIGHUP
+            signal.signal(number, receive)
+    stopping = False  # what all ranks have agreed on
+    last_step = step  # that was evaluated
+    last_time = time.perf_counter()
+    while True:
+        # Evaluate and save, unless it was done at this very step before the run was resumed.
+        is_due = step % config.eval_interval == 0 or step == config.max_steps
+        is_done = len(log) > 0 and log[-1]["step"] == step
+        if is_due and not is_done and not stopping:
+            speed = (step - last_step) * step_tokens / (time.perf_counter() - last_time)
+            val_loss, balance_loss, z_loss = evaluate(model, val_tokens, config, cast, rank, ranks)
+            if not math.isfinite(val_loss):
+                raise UserError(f"step {step}: the validation loss is {val_loss}")
+            row = {
+                "step": step,
+                "tokens": step * step_tokens,
+                "train_loss": sum(losses) / len(losses) if losses else None,
+                "val_loss": val_loss,
+                "val_bpb": val_loss / math.log(2) / bytes_per_token,
+                "balance_loss": balance_loss,
+                "z_loss": z_loss,
+                "lr": get_learning_rate(step, config),
+                "grad_norm": grad_norm,
+                "tokens_per_s": speed,
+            }
+            log.append(row)
+            losses = []
+            if rank == 0:
+                elapsed = tqdm.format_interval(bar.format_dict["elapsed"])
+                losses_text = f"validation loss {val_loss:.4f}, bits/byte {row['val_bpb']:.4f}"
+                bar.write(f"step {step:>6}: {losses_text}, {speed:,.0f} tokens/s, {elapsed}")
+            if rank == 0 and step > 0:  # before, there is nothing to lose
+                if val_loss == min(row["val_loss"] for row in log[1:]):
+                    save("best.pt")
+                with atomic_write(out_dir / "log.csv", "w") as file:
+                    writer = csv.DictWriter(file, row, lineterminator="\n")
+                    writer.writeheader()
+                    writer.writerows(log)
+                save("ckpt.pt")
+            last_step = step
+            last_time = time.perf_counter()
+        if stopping or step >= config.max_steps:
+            break
+
+        # Add up gradients: a large batch in parts, each of which fits the memory.
+        for group in optimizer.param_groups:
+            group["lr"] = get_learning_rate(step, config)
+        mean_loss = torch.zeros((), device=device)
+        for i, tokens in enumerate(batch):
+            # Ranks exchange gradients once per step, after the last part: the sum is the same.
+            network.require_backward_grad_sync = i == len(batch) - 1
+            try:
+                with cast:
+                    out = network(tokens[:, :-1], tokens[:, 1:])
+                router_loss = config.balance_coef * out.balance_loss + config.z_coef * out.z_loss
+                # Divided, so that what adds up is the mean over the large batch.
+                ((out.loss + router_loss) / len(batch)).backward()
+            except torch._dynamo.exc.TorchDynamoException as error:
+                raise UserError(f"use --compile=false: cannot compile, {error!r:.100}") from error
+            mean_loss += out.loss.detach() / len(batch)
+        # A GPU is still at work on this when the CPU gets here, and loads the next batch meanwhile.
+        batch = get_batch(train_tokens, config, model_config, device, step + 1, rank, ranks)
+
+        # All ranks decide together whether to stop: the others would wait for one that left.
+        totals = torch.stack([mean_loss, torch.full_like(mean_loss, len(signals) > 0)])
+        if ranks > 1:
+            dist.all_reduce(totals)
+        train_loss = totals[0].item() / ranks
+        stopping = totals[1].item() > 0 and step + 1 < config.max_steps
+
+        # Clip, because one odd batch with a huge gradient could undo what hundreds have taught.
+        largest = config.grad_clip or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest).item()
+        if not math.isfinite(train_loss + grad_norm):
+            raise UserError(f"step {step}: loss {train_loss}, norm of the gradient {grad_norm}")
+        optimizer.step()
+        optimizer.zero_grad()  # else the next step would add its gradient to this one
+        step += 1
+        losses.append(train_loss)
+        bar.set_postfix_str(f"loss {train_loss:.3f}", refresh=False)
+        bar.update()
+        if rank == 0 and step == 1:  # from now on the folder is taken
+            out_dir.mkdir(parents=True, exist_ok=True)
+            save("ckpt.pt")
+
+    # -- the end --
+    bar.close()
+    if rank == 0 and stopping:
+        save("ckpt.pt")
+        print(f"stopped at step {step}; go on with --resume --out_dir={shlex.quote(str(out_dir))}")
+    elif rank == 0:
+        import sample  # here, because it imports this file
+
+        try:
+            sample.main([str(out_dir), "--num_samples=2"])
+        except UserError as error:
+            print(f"no samples: {error}")
+    if ranks > 1:
+        # Were the wrapper still alive when the process group ends, the process would abort.
+        del network
+        gc.collect()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    run(main)
+    prepare.run(main)

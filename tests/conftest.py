@@ -11,55 +11,74 @@ import torch
 import prepare
 import train
 
-os.environ.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")  # references are in float32, a GPU takes bfloat16
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # references are in float32, where a GPU takes bfloat16
+os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)  # several tests run at once
-BAR = re.compile("(B|step|run|it|tokens)/s")  # a progress bar
+
 REPOSITORY = Path(train.__file__).parent
-TINY_RUN = (
-    "--dataset=tiny", "--out_dir=out/tiny", "--device=cpu", "--block_size=16", "--n_layer=2", "--n_head=2",
-    "--n_kv_head=1", "--n_embd=16", "--n_expert=4", "--top_k=2", "--expert_dim=8", "--dag_dim=4", "--batch_size=4",
-    "--max_steps=6", "--eval_interval=3", "--eval_tokens=64", "--warmup_steps=2", "--learning_rate=0.01",
-)  # fmt: skip
+PROGRESS_BAR = re.compile(r"(B|step|run|it|tokens)/s| left$")
+TINY_RUN = [
+    "--dataset=tiny",
+    "--out_dir=out/tiny",
+    "--device=cpu",
+    "--block_size=16",
+    "--n_layer=2",
+    "--n_head=2",
+    "--n_kv_head=1",
+    "--n_embd=16",
+    "--n_expert=4",
+    "--top_k=2",
+    "--expert_dim=8",
+    "--dag_dim=4",
+    "--batch_size=4",
+    "--max_steps=6",
+    "--eval_interval=3",
+    "--eval_tokens=64",
+    "--warmup_steps=2",
+    "--learning_rate=0.01",
+]
 
 
-def make_corpus(folder, documents: int = 120) -> list[str]:
-    """Write distinct .txt documents, with characters of one to four bytes; returns their texts."""
+def make_corpus(folder: Path, documents: int = 120) -> list[str]:
+    """Write distinct .txt documents with characters of one to four bytes, and return them."""
     folder.mkdir()
-    texts = [f"Document {i}: naïve café, 日本 😀.\n" + f"Line {i * 7919} of text.\n" * 3 for i in range(documents)]
-    for i, text in enumerate(texts):
+    texts = []
+    for i in range(documents):
+        text = f"Document {i}: naïve café, 日本 😀.\n" + f"Line {i * 7919} of text.\n" * 3
         (folder / f"{i:03}.txt").write_bytes(text.encode())
+        texts.append(text)
     return texts
 
 
 @pytest.fixture(autouse=True)
 def workdir(tmp_path, monkeypatch):
-    """Every test runs in an empty folder, so that data/ and out/ are its own; signal handlers stay pytest's."""
+    """Every test runs in an empty folder, and what it does to signals is undone."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(train.signal, "signal", lambda number, handler: None)
     return tmp_path
 
 
 @pytest.fixture
-def corpus(workdir):
-    """A prepared dataset `tiny` of bytes, made from the folder `text`; returns the documents."""
+def corpus(workdir) -> list[str]:
+    """A prepared dataset `tiny`, in bytes, made from the folder `text`: its documents."""
     texts = make_corpus(workdir / "text")
-    prepare.prepare(["text"], name="tiny", encoding="bytes")
+    prepare.main(["text", "--name=tiny", "--encoding=bytes"])
     return texts
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """call(module, *arguments) runs module.main() and returns (exit status, stdout, stderr)."""
+def call(monkeypatch, capfd):
+    """call(module, *arguments) runs module.main(): it returns exit status, stdout and stderr."""
 
     def call(module, *arguments):
-        capsys.readouterr()
+        capfd.readouterr()
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
         status = 0
         try:
             prepare.run(module.main)
         except SystemExit as exit:
             status = exit.code
-        captured = capsys.readouterr()
+        captured = capfd.readouterr()
         return status, captured.out, captured.err
 
     return call
@@ -67,25 +86,29 @@ def call(monkeypatch, capsys):
 
 @pytest.fixture
 def refused(call):
-    """refused(message, module, *arguments) checks: status 2, one line on stderr that contains the message."""
+    """refused(message, module, *arguments) checks for status 2 and one line with the message."""
 
     def refused(message, module, *arguments):
         status, _, error = call(module, *arguments)
-        lines = [line for line in re.split("[\r\n]", error) if line.strip() and not BAR.search(line)]
-        assert (status, len(lines)) == (2, 1) and lines[0].startswith("error: ") and message in lines[0], error
+        lines = [line.strip() for line in re.split("[\r\n]", error)]
+        lines = [line for line in lines if line and not PROGRESS_BAR.search(line)]
+        assert status == 2, error
+        assert len(lines) == 1, error
+        assert lines[0].startswith("error: ")
+        assert message in lines[0]
 
     return refused
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """The checkpoint of a tiny trained model, as bytes."""
+def trained(tmp_path_factory) -> bytes:
+    """The checkpoint best.pt of a tiny trained model."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         make_corpus(folder / "text")
-        prepare.prepare(["text"], name="tiny", encoding="bytes")
+        prepare.main(["text", "--name=tiny", "--encoding=bytes"])
         patch.setattr(sys, "argv", ["train.py", *TINY_RUN])
-        patch.setattr(train.signal, "signal", lambda *_: None)
+        patch.setattr(train.signal, "signal", lambda number, handler: None)
         train.main()
     return (folder / "out/tiny/best.pt").read_bytes()

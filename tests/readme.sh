@@ -13,7 +13,7 @@ git clone --quiet "$repository" "$work/clone"
 cd "$work/clone"
 mkdir novels && cp README.md novels/one.txt && cp lab/README.md notes.txt # the texts that README speaks of
 
-grep -E '^    (python3?|pip|torchrun) ' README.md | grep -vE 'prepare.py (tinystories|openwebtext)|owt.toml' |
+grep -E '^    (python3?|pip|torchrun) ' README.md | grep -vE 'shakespeare|tinystories|openwebtext|owt.toml' |
     sed -E "s|(train.py [^#]*)|\1 $* |" > commands
 echo "$(wc -l < commands) commands"
 while read -r command; do

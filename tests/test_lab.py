@@ -1,268 +1,400 @@
-"""lab/: baselines equal plain loops, arms are fair, the table is right, a sweep goes on where it was stopped."""
+"""lab/: baselines equal plain loops, costs are counted, tables are right, pages show the model."""
 
-import dataclasses
-import itertools
-import math
+import json
 import re
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import time
-import tomllib
 from pathlib import Path
 from types import SimpleNamespace as Namespace
 
+import numpy as np
 import pytest
 import torch
 
 import train
-from lab import compare, cost
-from model import FEED_FORWARD, GPT, ModelConfig
+from lab import compare, cost, graph
+from model import FEED_FORWARD, GPT, ModelConfig, MoE, rope_table
+from prepare import open_dataset
 from tests import reference
 from tests.conftest import REPOSITORY, TINY_RUN
-from tests.reference import assert_same, randomize, results_and_gradients, rms_norm, tiny_config
+from tests.reference import assert_same, plain_dag, randomize, rms_norm, tiny_config
 
 ABLATION = REPOSITORY / "lab/configs/ablation"
-BASELINES = ["mlp", "coe", "series", "dense", "dag_ungated", "dag_self"]
+TEXT = REPOSITORY / "lab/results/text.csv"
+GRAPHS = ["dag", "mlp", "dag_ungated", "dag_self"]  # they begin as the sum
+ALL = ["sum", "coe", "series", "dense", *GRAPHS]
 SMALL = [setting for setting in TINY_RUN if "out_dir" not in setting]
 
 
-def plain_mlp(mixing, h: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Σ_i n_i + W_up GELU(W_mix concat(z_1, ..., z_K)): h (S, C), out (S, K, C) with its gates."""
-    nodes = [o + h / out.shape[1] for o in out.unbind(dim=1)]
-    z = [rms_norm(n, mixing.norm.weight) @ mixing.layers["w_down"].weight.T for n in nodes]
-    x = torch.cat(z, dim=-1) @ mixing.w_mix.weight.T
-    return sum(nodes) + (0.5 * x * (1 + torch.erf(x / 2**0.5))) @ mixing.w_up.weight.T
+def plain_outputs(moe, router, h, top_k):
+    """Compute the outputs of each token's experts, times their weights: (S, C) → (S, K, C)."""
+    x = rms_norm(h, moe.norm.weight)
+    weight, expert = reference.plain_router(router.weight, x, top_k)
+    return weight.unsqueeze(-1) * reference.plain_experts(moe.experts, x, expert)
 
 
-def plain_half(name: str, moe, h: torch.Tensor) -> torch.Tensor:
-    """The feed-forward half of a block with the aggregator `name`, K = 4 and a shared expert, for h (S, C)."""
-
-    def everyones(network) -> torch.Tensor:
-        x = rms_norm(h, moe.norm.weight)
-        return reference.plain_swiglu(network.gate_proj[0], network.up_proj[0], network.down_proj[0], x)
-
-    def outputs(router, h: torch.Tensor, top_k: int) -> torch.Tensor:
-        x = rms_norm(h, moe.norm.weight)
-        gate, expert = reference.plain_router(router.weight, x, top_k)
-        return gate.unsqueeze(-1) * reference.plain_experts(moe.experts, x, expert)
-
-    if name == "dense":
-        return h + everyones(moe.network)
-    if name == "coe":
-        first = h + outputs(moe.router, h, 2).sum(dim=1) + everyones(moe.shared)
-        return first + outputs(moe.second.router, first, 2).sum(dim=1)
+def plain_half(name, moe, h):
+    """Compute the feed-forward half of a block, K = 4 and a shared expert, for h (S, C)."""
     if name == "series":
         return plain_half("sum", moe.second, plain_half("sum", moe, h))
-    out, aggregator = outputs(moe.router, h, 4), moe.aggregate
+    everyones = moe.network if name == "dense" else moe.shared
+    matrices = (everyones.gate_proj[0], everyones.up_proj[0], everyones.down_proj[0])
+    shared = reference.plain_swiglu(*matrices, rms_norm(h, moe.norm.weight))
+    if name == "dense":
+        return h + shared
+    if name == "coe":
+        h = h + shared + plain_outputs(moe, moe.router, h, 2).sum(dim=1)
+        return h + plain_outputs(moe, moe.second.router, h, 2).sum(dim=1)
+    out = plain_outputs(moe, moe.router, h, 4)
+    one = torch.ones(len(h), 4)  # in place of weights, which `out` has already
+    aggregate = moe.aggregate
     if name == "sum":
-        aggregator = Namespace(layers=[])
+        return h + shared + out.sum(dim=1)
     if name == "mlp":
-        return plain_mlp(aggregator, h, out) + everyones(moe.shared)
-    if name == "dag_self":
-        alone = [reference.plain_dag(aggregator, "silu", h / 4, out[:, [i]], torch.ones(6, 1)) for i in range(4)]
-        return sum(alone) + everyones(moe.shared)
-    gate_name = "silu"
-    if name == "dag_ungated":  # which needs no w_edge
-        layers = [Namespace(w_edge=layer.w_node, **dict(layer.named_children())) for layer in aggregator.layers]
-        aggregator, gate_name = Namespace(layers=layers), "open"
-    return reference.plain_dag(aggregator, gate_name, h, out, torch.ones(out.shape[:2])) + everyones(moe.shared)
+        nodes = [o + h / 4 for o in out.unbind(dim=1)]
+        w_down = aggregate.layers["w_down"].weight
+        z = [rms_norm(node, aggregate.norm.weight) @ w_down.T for node in nodes]
+        x = torch.cat(z, dim=-1) @ aggregate.w_mix.weight.T
+        gelu = 0.5 * x * (1 + torch.erf(x / 2**0.5))
+        return shared + sum(nodes) + gelu @ aggregate.w_up.weight.T
+    if name == "dag_self":  # four graphs of a node each
+        for i in range(4):
+            shared = shared + plain_dag(aggregate, "silu", h / 4, out[:, [i]], one)
+        return shared
+    if name == "dag_ungated":
+        layers = [Namespace(w_edge=layer.w_node, **layer._modules) for layer in aggregate.layers]
+        return shared + plain_dag(Namespace(layers=layers), "open", h, out, one)
+    return shared + plain_dag(aggregate, "silu", h, out, one)
 
 
-@pytest.mark.parametrize("name", ["sum", "dag", *BASELINES])
+@pytest.mark.parametrize("name", ALL)
 def test_feed_forward_halves_equal_plain_loops(name):
-    """The whole feed-forward half, router, norm and shared expert included, and every gradient (float64, 1e-10)."""
-    moe = randomize(FEED_FORWARD[name](tiny_config(aggregator=name, top_k=4, shared_dim=20))).double()
-    h = torch.randn(6, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    ours = results_and_gradients(lambda h: moe(h.unsqueeze(0))[0].squeeze(0), {"h": h}, moe)
-    assert all(x.abs().max() > 1e-3 for x in ours.values()), "what vanishes tests nothing"
-    assert_same(ours, results_and_gradients(lambda h: plain_half(name, moe, h), {"h": h}, moe), 1e-10)
+    """Router, norm and shared expert included, and every gradient (float64, 1e-10)."""
+    config = tiny_config(aggregator=name, top_k=4, shared_dim=20)
+    moe = randomize(FEED_FORWARD[name](config)).double()
+    generator = torch.Generator().manual_seed(3)
+    h = torch.randn(6, 32, generator=generator, dtype=torch.float64)
+    ours = reference.results_and_gradients(lambda h: moe(h[None])[0][0], {"h": h}, moe)
+    theirs = reference.results_and_gradients(lambda h: plain_half(name, moe, h), {"h": h}, moe)
+    assert min(x.abs().max() for x in ours.values()) > 1e-3, "nothing vanishes"
+    assert_same(ours, theirs, 1e-10)
 
 
-def test_losses_of_routers():
-    """coe, series: the mean of both losses, K even; dense: what a balanced router would say."""
-    moe, seen = randomize(FEED_FORWARD["coe"](tiny_config(aggregator="coe", top_k=4))), []
-    for router in (moe.router, moe.second.router):
-        router.register_forward_hook(lambda router, arguments, result: seen.append(result[2]))
-    _, (balance, z) = moe(torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0)))
-    (first_balance, first_z), (second_balance, second_z) = seen
-    assert balance == (first_balance + second_balance) / 2 and z == (first_z + second_z) / 2
-    with pytest.raises(ValueError, match="top_k must be even for coe"):
-        GPT(tiny_config(aggregator="coe", top_k=3))
-    out = GPT(tiny_config(aggregator="dense"))(torch.zeros(2, 8, dtype=torch.long))
-    assert out.balance == 1 and out.z == 0
+@pytest.mark.parametrize("name", ["coe", "series"])
+def test_losses_are_the_mean_of_both_routers(name):
+    """Two rounds must not count twice."""
+    moe = randomize(FEED_FORWARD[name](tiny_config(aggregator=name)))
+    h = torch.randn(2, 16, 32)
+    first_h, first_aux = MoE.forward(moe, h)
+    _, second_aux = moe.second(first_h)
+    assert torch.equal(moe(h)[1], (first_aux + second_aux) / 2)
 
 
-@pytest.mark.parametrize("name", ["dag", *(name for name in BASELINES if name != "dense")])
+@pytest.mark.parametrize("name", ALL)
 def test_seeds_are_paired(name):
-    """For one seed all share what sum has; W_up is zero, and learns; some begin as the sum."""
-    tokens = torch.randint(23, (3, 16), generator=torch.Generator().manual_seed(0))
-    torch.manual_seed(5)
-    models = [GPT(tiny_config(aggregator=aggregator, top_k=4, n_embd=64)) for aggregator in ("sum", name)]
-    weights, ours = (dict(model.named_parameters()) for model in models)
-    assert len(ours) > len(weights) and all(torch.equal(weight, ours[key]) for key, weight in weights.items())
-    w_up = [weight for key, weight in ours.items() if "w_up" in key]
-    assert all(weight.abs().max() == 0 for weight in w_up)
-    if name in ("dag", "mlp", "dag_ungated"):
-        outputs = [model(tokens, tokens) for model in models]
-        assert (outputs[0].logits - outputs[1].logits).abs().max() <= 1e-5
-        outputs[1].loss.backward()
-        assert all(weight.grad.abs().max() > 0 for weight in w_up), "it must not stay the sum"
+    """For one seed all begin with the weights that sum has, dense with those outside the MoE."""
+    weights = GPT(tiny_config(aggregator=name, top_k=4)).state_dict()
+    for key, weight in GPT(tiny_config(aggregator="sum", top_k=4)).state_dict().items():
+        if name != "dense" or ".moe." not in key:
+            assert torch.equal(weight, weights[key]), key
 
 
-@pytest.mark.parametrize("changes", [{}, {"shared_dim": 12}, {"dag_depth": 3}, {"tie_embeddings": False}], ids=str)
-@pytest.mark.parametrize("name", ["sum", "dag", *BASELINES])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_graphs_begin_as_the_sum_and_leave_it(name):
+    """W_up begins at zero, with a gradient."""
+    tokens = torch.arange(12)[None]
+    model = GPT(tiny_config(aggregator=name))
+    ours = model(tokens, tokens)
+    theirs = GPT(tiny_config(aggregator="sum"))(tokens)
+    assert (ours.logits - theirs.logits).abs().max() <= 1e-5
+    ours.loss.backward()
+    w_up = [weight for key, weight in model.named_parameters() if "w_up" in key]
+    assert min(weight.grad.abs().max() for weight in w_up) > 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"shared_dim": 12}, {"tie_embeddings": False}], ids=str)
+@pytest.mark.parametrize("name", ALL)
 def test_cost_is_what_is_counted(name, changes):
-    """Parameters are those that are there, multiply-adds what torch counts; the aggregator's are what sum has not."""
-    config = tiny_config(aggregator=name, top_k=4, **changes)
-    model, of_sum = GPT(config), GPT(dataclasses.replace(config, aggregator="sum")).cost()
-    by_formula, counted = model.cost(), cost.count_multiply_adds(model, torch.zeros(1, 16, dtype=torch.long))
-    assert by_formula["parameters"] == sum(p.numel() for p in model.parameters())
-    stacked = sum(p.numel() for key, p in model.named_parameters() if ".experts." in key)
-    assert by_formula["active"] == by_formula["parameters"] - stacked // 2
-    assert by_formula["multiply_adds"] == counted
-    beyond_sum = {"coe": 512, "dense": -512}.get(name, by_formula["aggregator"])  # a router more, a router less
-    assert name == "series" or counted == of_sum["multiply_adds"] + beyond_sum
-    assert (by_formula["aggregator"] > 0) == (name == "mlp" or name.startswith("dag"))
+    """Parameters are those that are there, multiply-adds those that torch counts."""
+    model = GPT(tiny_config(aggregator=name, top_k=4, **changes))
+    costs = cost.cost(model)
+    assert costs["parameters"] == sum(weight.numel() for weight in model.parameters())
+    stacked = [w.numel() for key, w in model.named_parameters() if ".experts." in key]
+    assert costs["active"] == costs["parameters"] - sum(stacked) // 2  # 4 of 8 experts
+    counted = cost.count_multiply_adds(model, torch.zeros(1, 16, dtype=torch.long))
+    assert costs["multiply_adds"] == counted
+    if name in GRAPHS:
+        of_sum = cost.cost(GPT(tiny_config(aggregator="sum", top_k=4, **changes)))
+        assert costs["aggregator"] == counted - of_sum["multiply_adds"]
 
 
-def config_of(*arguments) -> ModelConfig:
-    return train.make_config(ModelConfig, train.read_settings(list(map(str, arguments))))
-
-
-def test_arms_are_fair():
-    """Arms differ in the aggregator only; shared has the weights of dag2's matrices, *_compute its multiply-adds."""
-    for path in set(ABLATION.glob("*.toml")) - {ABLATION / "base.toml"}:
-        keys = tomllib.loads(path.read_text()).keys() - {"shared_dim", "dag_depth", "dag_gate"}
-        assert keys == ({"aggregator", "expert_dim"} if path.stem == "sum_compute" else {"aggregator"}), path
-    large = ABLATION.with_name("ablation_s")
-    for folder in (large, ABLATION):
-        configs = {path.stem: config_of(folder / "base.toml", path, "--n_layer=1") for path in folder.glob("*.toml")}
-        costs = {arm: GPT(config).cost() for arm, config in configs.items()}
-        assert costs["dag2_silu"]["parameters"] - costs["shared"]["parameters"] == 2 * configs["sum"].n_embd  # norms
-        for arm in costs.keys() & {"shared_compute", "sum_compute"}:
-            assert costs[arm]["multiply_adds"] == costs["dag2_silu"]["multiply_adds"]
-    for arm in ("dense", "coe"):
-        assert costs[arm]["multiply_adds"] == pytest.approx(costs["sum"]["multiply_adds"], rel=0.01)
-    small = config_of(REPOSITORY / "configs/dag_moe_s.toml", "--vocab_size=257")
-    assert config_of(large / "base.toml", large / "dag2_silu.toml") == small, "the same shape"
-
-
-def evaluation(arm: str, seed: int, at_token: int, val_loss: float, **changes) -> compare.Evaluation:
-    """A row of a made-up run."""
-    run = dict(data="d", evaluated_on="v", eval_tokens=100, tokens=1000, training="t", model="m", parameters=10)
-    run |= dict(active=5, multiply_adds=20, learning_rate=0.1, tokens_per_s=100.0)
-    return compare.Evaluation(**run, arm=arm, seed=seed, at_token=at_token, val_loss=val_loss)._replace(**changes)
-
-
-def test_the_table_is_what_the_rows_say(call):
-    """Mean losses, paired differences with Student's interval, equal time and speed, by hand; what is left out."""
-    losses, rows = {"sum": [1.0, 1.2, 1.1], "dag": [0.9, 1.15, 1.02]}, []
-    for arm, seed in itertools.product(losses, (1, 2, 3)):
-        changes = {} if arm == "sum" else {"tokens_per_s": 50.0, "multiply_adds": 30}
-        rows.append(evaluation(arm, seed, 1000, losses[arm][seed - 1], **changes))  # the order of rows does not matter
-        rows += [evaluation(arm, seed, 500, 2.0, **changes), evaluation(arm, seed, 0, 5.0, tokens_per_s=None)]
-    rows += [evaluation("one", 2, 1000, 1.3, learning_rate=0.2), evaluation("one", 4, 1000, 0.1, learning_rate=0.2)]
-    rows.append(evaluation("sum", 4, 500, 9.0))
-    compare.write_csv(Path("a.csv"), {"": rows})
-    out = call(compare, "table", "a.csv", "--csv=b.csv")[1]
-    half = 4.303 * statistics.stdev([-0.1, -0.05, -0.08]) / math.sqrt(3)
-    interval = f"-0.0767 ({-0.23 / 3 - half:+.4f} to {-0.23 / 3 + half:+.4f})"
-    assert [" ".join(line.split()) for line in out.splitlines()][4:] == [
-        f"dag 10 30 1.50 0.1 3 1.0233 {interval} 2.0000 50 0.50",
-        "sum 10 20 1.00 0.1 3 1.1000 +0.0000 1.1000 100 1.00",
-        "one 10 20 1.00 0.2 1 1.3000 +0.1000 1.3000 100 1.00",
-        "Left out: one-4, at 1,000 tokens; it or sum-4 is not finished.",
-        "Left out: sum-4, at 500 tokens; it or sum-4 is not finished.",
-    ]
-    assert call(compare, "table", "b.csv")[1] == out, "what was written is what was read"
-    assert "-0.1000" in call(compare, "table", "a.csv", "--against=one")[1]
-    assert "1.2406  -0.0024 (-0.0178 to +0.0129) " in call(compare, "table", REPOSITORY / "lab/results/text.csv")[1]
-    assert f"2{'+0.0145':>30}\n" in call(compare, "table", REPOSITORY / "lab/results/ablation_s.csv")[1], "no speeds"
-    assert call(compare, "plot", "a.csv", "c.png")[0] == 0 and Path("c.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_what_can_not_be_compared_is_refused(refused, workdir):
-    """Unequal data, tokens, evaluation or arms, runs given twice, and nonsense: one line each."""
-    row = evaluation("sum", 1, 1000, 1.0)
-    of_all = ("data", "evaluated_on", "eval_tokens", "tokens", "training")
-    for arm, seed, names in (("dag", 1, of_all), ("sum", 2, ("model", "learning_rate"))):
-        for name in names:
-            compare.write_csv(Path("a.csv"), {"": [row, row._replace(arm=arm, seed=seed, **{name: "7"})]})
-            refused(f"-1 differ in {name} (", compare, "table", "a.csv")
-    compare.write_csv(Path("a.csv"), {"": [row]})
-    refused("sum-1 is there twice", compare, "table", "a.csv", "a.csv")
-    if Path("/dev/full").exists():
-        refused("no space left for /dev/full: make room", compare, "table", "a.csv", "--csv=/dev/full")
-    refused("no run of 'dag' is finished; there are runs of sum", compare, "table", "a.csv", "--against=dag")
-    refused("nowhere holds no runs: python -m lab.compare sweep", compare, "table", "nowhere")
-    for column, value in (("val_loss", ""), ("val_loss", "nan"), ("arm", ""), ("seed", "x"), ("arm", "a" * 200_000)):
-        compare.write_csv(Path("bad.csv"), {"": [evaluation("sum", 2, 1000, 1.0)._replace(**{column: value})]})
-        refused("bad.csv is not a file that lab.compare table --csv wrote", compare, "table", "bad.csv")
-    refused("must hold base.toml, and beside it a file per arm", compare, "sweep", workdir)
-    refused("--seeds must be a number, for seeds 1 to that, or", compare, "sweep", ABLATION, "--seeds=5-4")
-    refused("--jobs must be at least 1", compare, "sweep", ABLATION, "--jobs=0")
-    refused("has no arm dag3; there are: coe, dag1_sigmoid,", compare, "sweep", ABLATION, "--arms=dag3")
-    refused("--seed=3: the sweep sets that itself", compare, "sweep", ABLATION, "--seed=3")
-    refused("the nearest key is n_layer", compare, "sweep", ABLATION, "--n_layers=3")
-    refused("must be at least 1", cost, "layer", "--repeats=0")
-    refused("give a run's folder, and", cost, "sample", "out/none", "--x=3")
-
-
-def test_runs_are_read_from_their_folders(corpus, call, refused):
-    """Rows are those of the log, with the model's size."""
-    for arm in ("sum", "mlp"):
-        assert call(train, *SMALL, f"--aggregator={arm}", "--seed=1", f"--out_dir=out/all/{arm}-1")[0] == 0
-    Path("out/all/mlp-1/best.pt").unlink()  # it is the last checkpoint that counts
-    rows = compare.evaluations_of(Path("out/all/mlp-1"))
-    model, checkpoint = train.load_checkpoint(Path("out/all/mlp-1/ckpt.pt"))
-    log = [(row["tokens"], row["val_loss"]) for row in checkpoint["log"]]
-    assert [(row.at_token, row.val_loss) for row in rows] == log and [tokens for tokens, _ in log] == [0, 192, 384]
-    assert rows[0].parameters == model.cost()["parameters"] and rows[0].tokens == 384
-    Path("out/all/mlp-1").rename("out/all/mlp-7")
-    refused("out/all/mlp-7 should be called ARM-1, for that is its seed", compare, "table", "out/all")
-    out = call(cost, "sample", "out/all/sum-1", "--new_tokens=20", "--repeats=1")[1]
-    assert re.findall(r"^(\w.*?)  +[\d,]+ tokens/s", out, re.MULTILINE) == ["uncached", "cached", "cached, 16 texts"]
-
-
-def test_a_sweep_goes_on_where_it_was_stopped(corpus, call, refused, monkeypatch):
-    """Stopped by SIGTERM it saves; started again it ends as if undisturbed, names what fails, skips what is done."""
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    settings = [setting for setting in SMALL if not re.match("--(max_steps|eval_interval|top_k)", setting)]
-    sweep, mlp = ["sweep", "arms", "--seeds=1", "--jobs=2", *settings], ["--arms", "mlp"]
-    Path("arms").mkdir()
-    Path("arms/base.toml").write_text("max_steps = 150\neval_interval = 50\n")
-    Path("arms/mlp.toml").write_text('aggregator = "mlp"\n')
-    Path("arms/odd.toml").write_text('aggregator = "coe"\ntop_k = 3\n')
-    process = subprocess.Popen([sys.executable, "-m", "lab.compare", *sweep, *mlp], stdout=subprocess.PIPE, text=True)
-    while not Path("out/arms/mlp-1/ckpt.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert "stopped; the same command goes on" in process.communicate(timeout=60)[0] and process.returncode == 0
-    assert "stopped after step" in Path("out/arms/mlp-1.log").read_text()
-    Path("out/arms/odd-1.log").write_text("said earlier\n")
-    status, out, error = call(compare, *sweep)
-    assert status == 2 and "2 runs, 0 of them finished already, 2 at a time" in out
-    assert "error: 1 of 2 runs failed: out/arms/odd-1; see the .log beside each" in error
-    assert "odd-1 ended with status 2, and said: error: top_k must be even for coe" in out + error
-    assert call(train, "arms/base.toml", "arms/mlp.toml", *settings, "--seed=1", "--out_dir=out/x")[0] == 0
-    ours, theirs = (compare.read_rows(Path(f"out/{name}/log.csv"))[-1] for name in ("arms/mlp-1", "x"))
-    assert ours | {"tokens_per_s": ""} == theirs | {"tokens_per_s": ""}
-    assert "1 runs, 1 of them finished already" in call(compare, *sweep, *mlp)[1]
-    refused("another learning_rate (0.01, now 0.1): choose", compare, *sweep, *mlp, "--learning_rate=0.1")
+@pytest.mark.parametrize("folder", [ABLATION, ABLATION.with_name("ablation_s")])
+def test_arms_are_fair(folder):
+    """shared has the weights of dag2's matrices, *_compute its multiply-adds."""
+    costs = {}
+    for path in folder.glob("*.toml"):
+        settings = train.read_settings([str(folder / "base.toml"), str(path), "--n_layer=1"])
+        config = train.make_config(ModelConfig, settings)
+        costs[path.stem] = cost.cost(GPT(config))
+    dag = costs["dag2_silu"]
+    assert costs["shared"]["parameters"] == dag["parameters"] - 2 * config.n_embd  # norms
+    for arm in costs.keys() & {"shared_compute", "sum_compute"}:
+        assert costs[arm]["multiply_adds"] == dag["multiply_adds"]
 
 
 def test_costs_are_printed(corpus, call):
-    """A row per aggregator with the numbers of GPT.cost(); ratios are of neighbours, sum's to itself is 1; memory."""
-    assert cost.ratio([1.0, 8.0, 9.0], [1.0, 4.0, 3.0]) == "2.00 (1.00-3.00)"
-    peaks = [cost.peak_megabytes(lambda n=n: torch.ones(n).sum(), torch.device("cpu")) for n in (2**26, 25_000_000)]
-    assert math.isnan(peaks[1]) or 90 < peaks[1] < 130, "the second must not see the first one's"
+    """There is a row per aggregator; a ratio is the median of those of neighbours."""
     out = call(cost, "step", "--repeats=1", *SMALL)[1]
-    rows = {line[:16].strip(): line[16:].split() for line in out.splitlines()[2:]}
-    assert list(rows) == ["sum", "series", "mlp", "dense", "coe", "shared", "dag L=1", "dag L=2"]
-    shared = GPT(config_of(*SMALL, "--aggregator=sum", "--shared_dim=8")).cost()
-    assert rows["shared"][:2] == [f"{shared['parameters']:,}", f"{shared['multiply_adds']:,}"]
-    assert rows["sum"][2] == rows["sum"][4] == "1.00" and rows["sum"][5] == "(1.00-1.00)"
-    assert "dag D=64" in call(cost, "layer", "--repeats=1", *SMALL)[1]
+    names = [line[:16].strip() for line in out.splitlines()[2:]]
+    assert names == ["sum", "series", "mlp", "dense", "coe", "shared", "dag L=1", "dag L=2"]
+    assert "1.00 (1.00-1.00)" in out, "sum takes as long as itself"
+    assert cost.ratio([1.0, 8.0, 9.0], [1.0, 4.0, 3.0]) == "2.00 (1.00-3.00)"
+
+
+def test_differences_are_of_equal_seeds(call):
+    """If sum's seed 5 has no end, an interval is one of four differences."""
+    rows = compare.evaluations_in(TEXT)[:-1]
+    compare.write_csv(Path("a.csv"), {"": rows[::-1]})  # in any order
+    out = call(compare, "table", "a.csv")[1]
+    losses = {row[:2]: row.val_loss for row in rows if row.at_token == row.tokens}
+    gaps = [losses["dag2_silu", seed] - losses["sum", seed] for seed in (1, 2, 3, 4)]
+    mean = sum(gaps) / 4
+    half = 3.182 * statistics.stdev(gaps) / 2
+    assert f"{mean:+.4f} ({mean - half:+.4f} to {mean + half:+.4f})" in out
+    assert "Left out: shared-5, at 2,048,000 tokens; it or sum-5" in out
+
+
+def test_published_results_stay_what_they_are(call):
+    """A row is what earlier versions printed, loss at equal time and speed included."""
+    row = "1.2406  -0.0024 (-0.0178 to +0.0129)     1.4003     3,623  0.57"
+    assert row in call(compare, "table", TEXT, "--csv=b.csv")[1]
+    assert Path("b.csv").read_bytes() == TEXT.read_bytes()
+    call(compare, "plot", "b.csv", "c.png")
+    assert Path("c.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("column", compare.COLUMNS_THAT_MUST_AGREE + compare.COLUMNS_OF_AN_ARM)
+def test_runs_that_differ_are_not_compared(column, refused):
+    """The column that differs is named."""
+    rows = compare.evaluations_in(TEXT)
+    rows[0] = rows[0]._replace(**{column: "7"})
+    compare.write_csv(Path("a.csv"), {"": rows})
+    refused(f" differ in {column} (", compare, "table", "a.csv")
+
+
+@pytest.mark.parametrize(
+    ("message", "module", "command"),
+    [
+        ("dag1_sigmoid-1 is there twice", compare, f"table {TEXT} {TEXT}"),
+        ("no run of 'dag3' is finished; there", compare, f"table {TEXT} --against=dag3"),
+        ("is not a file that lab.compare table", compare, f"table {__file__}"),
+        ("a/b.png must be a file in a folder", compare, f"plot {TEXT} a/b.png"),
+        ("has no arm dag3; there are: coe,", compare, f"sweep {ABLATION} --arms=dag3"),
+        ("did you mean n_layer?", compare, f"sweep {ABLATION} --n_layers=3"),
+        ("experts by 'sum': there is no graph", graph, "page model.pt g.html"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(message, module, command, refused):
+    """One line says what is wrong."""
+    save(make_model(aggregator="sum"))
+    refused(message, module, *command.split())
+
+
+def test_a_sweep_goes_on_where_it_was_stopped(corpus, call, monkeypatch):
+    """After SIGTERM it ends as if undisturbed, names what fails, and skips what is done."""
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    settings = [*SMALL, "--max_steps=400", "--eval_interval=200", "--top_k=3"]  # odd, so coe fails
+    sweep = ["sweep", str(ABLATION), "--seeds=1", "--jobs=2", *settings, "--arms", "mlp"]
+    command = [sys.executable, "-m", "lab.compare", *sweep]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    while not Path("out/ablation/mlp-1/ckpt.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert "stopped; the same command goes on" in process.communicate(timeout=60)[0]
+    assert "stopped at step" in Path("out/ablation/mlp-1.log").read_text()
+    error = call(compare, *sweep, "coe")[2]
+    assert "error: 1 of 2 runs failed: out/ablation/coe-1; see" in error
+    assert "1 runs, 1 of them finished already" in call(compare, *sweep)[1]
+    ours = compare.evaluations_of(Path("out/ablation/mlp-1"))
+    files = [ABLATION / "base.toml", ABLATION / "mlp.toml"]
+    call(train, *files, *settings, "--seed=1", "--out_dir=out/x")
+    theirs = train.load_checkpoint(Path("out/x/ckpt.pt"))["log"]
+    assert [row.val_loss for row in ours] == [row["val_loss"] for row in theirs]
+
+
+def make_model(**changes) -> GPT:
+    """Make a model of bytes with weights so large that every term matters."""
+    return randomize(GPT(tiny_config(vocab_size=257, block_size=32, **changes)))
+
+
+def save(model: GPT) -> None:
+    """Write the model to model.pt, as far as lab/ reads it."""
+    contents = {"version": train.VERSION, "data": {"encoding": "bytes"}}
+    contents |= {"model": model.state_dict(), "model_config": vars(model.config)}
+    torch.save(contents, "model.pt")
+
+
+def make_page(call, model: GPT, prompt: str, new: int = 0) -> dict:
+    """Write page.html for a prompt and `new` more tokens, and return the numbers in it."""
+    save(model)
+    options = ["--prompt", prompt, f"--max_new_tokens={new}"]
+    assert call(graph, "page", "model.pt", *options, "page.html")[0] == 0
+    text = Path("page.html").read_text()
+    return json.loads(re.search(r"^const data = (\{[^<\n]*\});$", text, re.MULTILINE)[1])
+
+
+@torch.no_grad()
+def plain_graphs(model: GPT, tokens: torch.Tensor) -> list[tuple]:
+    """Compute without hooks what each layer does with tokens (B, T), which are S = B·T in a row."""
+    rope = rope_table(torch.arange(tokens.shape[1]), 8, 10000.0)  # 8 channels a head
+    h = model.embed(tokens)
+    layers = []
+    for block in model.blocks:
+        h = h + block.attention(block.norm(h), rope)
+        flat_h = h.flatten(0, 1)
+        x = block.moe.norm(flat_h)
+        weight, expert, _ = block.moe.router(x)
+        terms = weight[..., None] * block.moe.experts(x, expert)
+        nodes = [terms + flat_h[:, None] / model.config.top_k]
+        depths = []
+        for layer in block.moe.aggregate.layers:
+            e, m = layer.edges(nodes[-1])
+            gate = e.abs().mean(dim=-1)
+            size = m.square().sum(dim=-1).sqrt()
+            depths.append((gate, size / size.sum(dim=2, keepdim=True)))
+            nodes.append(layer(nodes[-1]))
+        added = nodes[-1].sum(dim=1) - flat_h
+        beyond = (added - terms.sum(dim=1)).norm(dim=-1) / added.norm(dim=-1)
+        layers.append((expert, weight, beyond, depths, nodes, size))
+        h = h + added.view_as(h)
+    return layers
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "silu"])
+@pytest.mark.parametrize(("top_k", "depth"), [(1, 1), (2, 3), (3, 1), (4, 2)])
+def test_page_numbers_equal_a_plain_loop(call, top_k, depth, gate):
+    """They are those of the END of a long text, to three decimals."""
+    model = make_model(top_k=top_k, dag_depth=depth, dag_gate=gate)
+    text = "The quick brown fox jumps over the lazy dog."
+    data = make_page(call, model, text)
+    assert data["tokens"] == list(text[-32:])
+    layers = plain_graphs(model, torch.tensor([list(text[-32:].encode())]))
+    for shown, (*expected, depths, _, _) in zip(data["layers"], layers, strict=True):
+        numbers = [shown["expert"], shown["weight"], shown["beyond"]]
+        for edges, gate_and_share in zip(shown["depths"], depths, strict=True):
+            numbers += [edges["gate"], edges["share"]]
+            expected += gate_and_share
+        for ours, theirs in zip(numbers, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=6e-4)
+
+
+def test_statistics_equal_plain_means(corpus, monkeypatch):
+    """They are the means over all windows, computed at once and without hooks."""
+    monkeypatch.setattr(graph, "MIN_TOKENS", 1)
+    monkeypatch.setattr(graph, "BATCH", 7 * 32)  # the last batch is smaller
+    model = make_model(dag_gate="silu")
+    _, _, tokens = open_dataset("tiny")
+    row = graph.graph_statistics(model, tokens, 1280)[1][1]
+    offsets = np.linspace(0, len(tokens) - 33, 40).astype(int)
+    windows = train.read_windows(tokens, offsets, model.config, torch.device("cpu"))
+    expert, _, beyond, depths, nodes, size = plain_graphs(model, windows[:, :-1])[1]
+    gate, share = depths[1]
+    _, before, after = nodes
+    itself = torch.eye(3, dtype=torch.bool)
+    cosine = torch.cosine_similarity(before[:, :, None], before[:, None], dim=-1)
+    expected = {"gate": gate, "beyond": beyond}
+    expected["self_gate"] = gate[:, itself]
+    expected["other_gate"] = gate[:, ~itself]
+    expected["self_share"] = share[:, itself]
+    expected["alike"] = cosine[:, ~itself]
+    expected["incoming"] = 1 / share.square().sum(dim=-1)
+    expected["update"] = (after - before).norm(dim=-1) / before.norm(dim=-1)
+    assert row.spread == pytest.approx(gate.std(correction=0).item(), rel=1e-3)
+    pair = (expert[:, :, None] == 2) & (expert[:, None] == 4)
+    expected["strength"] = size[pair]
+    row = row._replace(strength=row.strength[2, 4])
+    for name, values in expected.items():
+        assert float(getattr(row, name)) == pytest.approx(values.mean().item(), rel=1e-4), name
+
+
+def test_hooks_change_nothing_and_are_gone_afterwards():
+    """The logits stay the same, bit for bit, and no module keeps a hook, even after an error."""
+    model = make_model()
+    tokens = torch.arange(20)[None]
+    before = model(tokens).logits
+    graph.observe(model, tokens)
+    with pytest.raises(ValueError, match="do not fit block_size"):
+        graph.observe(model, torch.zeros(1, 33, dtype=torch.long))
+    assert torch.equal(model(tokens).logits, before)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium; browser.find(selector) lists elements."""
+    if not shutil.which("chromium"):
+        pytest.skip("no Chromium here: apt-get install chromium chromium-driver")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.add_argument("--headless=new")
+    options.add_argument("--no-sandbox")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(shutil.which("chromedriver"))
+    with webdriver.Chrome(options, service) as browser:
+        browser.find = lambda selector: browser.find_elements("css selector", selector)
+        yield browser
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "silu"])
+def test_page_in_a_browser(gate, call, browser):
+    """It opens at the widest gate; clicks and keys choose what is shown; there are no errors."""
+    prompt = "ï </script><script>"
+    data = make_page(call, make_model(dag_gate=gate, n_expert=5), prompt, 2)
+    depths = [[depth["gate"] for depth in layer["depths"]] for layer in data["layers"]]
+    gates = np.array(depths)  # (layers, depths, tokens, K, K)
+    width = gates.max(axis=(1, 3, 4))
+    layer, token = np.argwhere(width == width.max())[0] + 1
+    browser.get(Path("page.html").absolute().as_uri())
+    assert browser.find("#title")[0].text.startswith(f"Layer {layer}, token {token} ")
+    browser.find("#layers button:last-child")[0].click()
+    browser.find("#strip button:nth-child(8)")[0].click()
+    titles = browser.find("#title")[0].text.split('"')[0]
+    for key in "\ue012\ue010\ue014\ue013\ue011\ue015":  # left, end, right, up, home, down
+        browser.switch_to.active_element.send_keys(key)
+        titles += browser.find("#title")[0].text.split('"')[0]
+    places = re.sub(r"\D+", " ", titles)  # layer and token each time
+    assert places == " 2 8 2 7 2 22 2 22 1 22 1 1 2 1 "
+    cells = [float(cell.text.split()[0]) for cell in browser.find("#tables td")]
+    assert cells == gates[1, :, 0].ravel().tolist()
+    edges = browser.find("#graph line.edge")
+    opacity = [float(edge.get_attribute("stroke-opacity")) for edge in edges]
+    black = width.max() if gate == "silu" else 1.0
+    assert opacity == pytest.approx([max(0.02, cell / black) for cell in cells])
+    assert browser.get_log("browser") == []
+
+
+def test_hand_made_graph_shows_exactly_its_open_edge(call, corpus):
+    """Only the edge from expert 1 to expert 0 is open: on the page, and as E1→E0 in the table."""
+    changes = dict(n_layer=1, n_expert=4, top_k=2, dag_depth=1, dag_dim=2, dag_gate="sigmoid")
+    model = randomize(make_model(**changes), std=0.0)
+    moe = model.blocks[0].moe
+    layer = moe.aggregate.layers[0]
+    model.embed.weight.data[:, 2] = 4.0  # all of h
+    moe.router.weight.data[:, 2] = torch.tensor([1.1, 1.0, -9.0, -9.0])
+    moe.experts.gate_proj.data[:, :, 2] = 1.0
+    moe.experts.up_proj.data[:, :, 2] = 1.0
+    for i in range(2):  # node i has next to nothing but channel i
+        moe.experts.down_proj.data[i, i] = 10.0
+        layer.w_down.weight.data[i, i] = 10.0
+    layer.w_edge.weight.data[:] = torch.tensor([1.0, -3.0, -3.0, 1.0])  # to 0, 1; from 0, 1
+    layer.w_node.weight.data[:] = 1.0
+    depth = make_page(call, model, "ab")["layers"][0]["depths"][0]
+    assert depth["gate"] == [[[0.0, 1.0], [0.0, 0.0]]] * 2
+    out = call(graph, "stats", "model.pt", "--dataset=tiny")[1]
+    assert out.splitlines()[1].split()[-2] == "E1→E0"
+    assert Path("dag-tiny.png").read_bytes().startswith(b"\x89PNG")

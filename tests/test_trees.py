@@ -1,5 +1,6 @@
-"""lab/trees.py: trees, the short cut against GPT.forward, fair arms, what is chosen, resumed, read off and shown."""
+"""lab/trees.py: the trees, a short cut through the model, what is chosen, resumed and read off."""
 
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace as Namespace
 
@@ -8,145 +9,157 @@ import torch
 import torch.nn.functional as F
 
 from lab import graph, trees
-from lab.trees import ARMS, RATES, Trial
-from tests.reference import assert_same, randomize
+from lab.cost import cost
+from lab.trees import RATES, Trial
+from tests.reference import assert_same, randomize, results_and_gradients
 
-trees.PROBED, trees.POINTS = 300, 4  # are enough here
+
+@pytest.fixture(autouse=True)
+def small_trials(monkeypatch):
+    """Trials are evaluated on few trees, and a test has a file of results of its own."""
+    monkeypatch.setattr(trees, "PROBED", 300)
+    monkeypatch.setattr(trees, "POINTS", 4)
+    monkeypatch.setattr(trees, "RESULTS", Path("trees.csv"))
+
+
+def draw_trees(count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return trees.draw_trees(trees.make_tables(3, draw=1), count, generator)
+
+
+def test_tables_have_all_values_equally_often():
+    """An operation that prefers a value would be easy to guess."""
+    for tables in trees.make_tables(3, draw=1):
+        assert (tables.flatten(1).sort().values == torch.arange(36) // 6).all()
 
 
 def test_trees_are_what_their_tables_say():
-    """Every inner node looks its two children up in a balanced table of its own; tokens tell place and value."""
-    tables = trees.make_tables(3, draw=1)
-    assert [len(table) for table in tables] == [4, 2, 1]
-    assert all((table.flatten(1).sort().values == torch.arange(6).repeat_interleave(6)).all() for table in tables)
-    assert not torch.equal(tables[0][0], tables[0][1]) and not torch.equal(tables[0], trees.make_tables(3, 2)[0])
-    tokens, levels = trees.draw_trees(tables, 50, torch.Generator().manual_seed(0))
-    assert (tokens[:, -1] == 6 * 8).all() and tokens.max(dim=0).values.tolist()[:2] == [5, 11]
-
-    def value(row: list[int], level: int, node: int) -> int:
-        if level == 0:
-            return row[node] - 6 * node
-        return tables[level - 1][node][value(row, level - 1, 2 * node), value(row, level - 1, 2 * node + 1)].item()
-
-    for level, values in enumerate(levels):
-        assert values.tolist() == [[value(row, level, i) for i in range(values.shape[1])] for row in tokens.tolist()]
+    """A token tells place and value of a leaf; inner nodes look their two children up."""
+    tokens, levels = draw_trees(50)
+    assert torch.equal(tokens[:, :8], levels[0] + 6 * torch.arange(8))
+    assert (tokens[:, 8] == 6 * 8).all()
+    for n, tables in enumerate(trees.make_tables(3, draw=1)):
+        for tree in range(50):
+            children = levels[n][tree].view(-1, 2)
+            for i, (left, right) in enumerate(children):
+                assert levels[n + 1][tree, i] == tables[i, left, right]
 
 
-@pytest.mark.parametrize("arm", ["sum", "shared", "series", "dag2_silu", "coe", "dense"])
+@pytest.mark.parametrize("arm", ["sum", "series", "dag2_silu", "coe", "dense"])
 def test_short_cut_is_gpt_forward(arm):
-    """Logits at "=" and every gradient (float64, 1e-6: positions are float32); the losses of a router of that token."""
+    """Logits at "=" and every gradient are equal (float64, 1e-6: positions are float32)."""
     model = randomize(trees.make_model(Trial(arm))).double()
-    tokens, levels = trees.draw_trees(trees.make_tables(3, 1), 40, torch.Generator().manual_seed(0))
-
-    def result(logits: torch.Tensor) -> dict[str, torch.Tensor]:
-        model.zero_grad()
-        F.cross_entropy(logits, levels[-1].squeeze(1)).backward()
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        return {"logits": logits.detach()} | gradients
-
-    logits, balance, z = trees.answer(model, tokens)
-    assert_same(result(logits), result(model(tokens).logits[:, -1]), 1e-6)
-    with torch.no_grad():
-        model.blocks[0].moe.register_forward_pre_hook(lambda moe, arguments: (arguments[0][:, -1:],))
-        output = model(tokens)
-    assert_same({"balance": balance, "z": z}, {"balance": output.balance, "z": output.z}, 1e-6)
+    tokens, _ = draw_trees(40)
+    ours = results_and_gradients(lambda: trees.answer(model, tokens)[0], {}, model)
+    theirs = results_and_gradients(lambda: model(tokens).logits[:, -1], {}, model)
+    assert_same(ours, theirs, 1e-6)
 
 
-def test_arms_are_fair():
-    """sum, shared and series have dag2's parameters, with _compute its multiply-adds, both within 2 %."""
-    costs = {arm: trees.make_model(Trial(arm)).cost() for arm in ARMS}
-    for arm in [arm for arm in ARMS if arm.startswith(("sum", "shared", "series"))]:
-        name, in_moe = ("multiply_adds", 37_376) if arm.endswith("_compute") else ("parameters", 31_424)
-        assert abs(costs[arm][name] - costs["dag2_silu"][name]) <= 0.02 * in_moe
+def test_losses_are_those_of_a_router_of_the_last_token():
+    """The other tokens, which the short cut leaves out, are not routed."""
+    model = randomize(trees.make_model(Trial("sum")))
+    tokens, _ = draw_trees(40)
+    _, aux = trees.answer(model, tokens)
+    moe = model.blocks[0].moe
+    moe.register_forward_pre_hook(lambda moe, inputs: inputs[0][:, -1:])
+    out = model(tokens)
+    assert torch.allclose(aux, torch.stack([out.balance_loss, out.z_loss]))
 
 
-def test_a_trial_learns_and_is_determined_by_its_settings(monkeypatch):
-    """One table is learned in no time; another rate, seed, draw or arm gives another curve; arms see the same trees."""
-    assert trees.train_trial(Trial("sum", depth=1, steps=250, rate=6e-3))[0].accuracy > 0.9
-    seen, answer = [], trees.answer
-    monkeypatch.setattr(trees, "answer", lambda model, tokens: seen.append(tokens) or answer(model, tokens))
-    trials = [Trial("sum", steps=24, **change) for change in ({}, {"rate": 6e-3}, {"seed": 2}, {"draw": 2}, {})]
-    curves = [trees.train_trial(trial)[0].curve for trial in [*trials, Trial("dag2_silu", steps=24)]]
-    assert len(set(curves)) == 5 and curves[0] == curves[4] and not torch.equal(seen[0], seen[56])
-    assert not torch.equal(trees.make_model(trials[0]).embed.weight, trees.make_model(trials[2]).embed.weight)
-    assert all(torch.equal(tokens, others) for tokens, others in zip(seen[:28], seen[-28:], strict=True))
-    monkeypatch.setattr(trees, "learning_rate", lambda step, config: 0.0)
-    assert len(set(trees.train_trial(trials[0])[0].curve.split())) == 1
+@pytest.mark.parametrize("arm", ["sum", "shared", "series"])
+def test_arms_are_fair(arm):
+    """They have dag2's parameters, with _compute its multiply-adds, within 2 % of its MoE's."""
+    dag = cost(trees.make_model(Trial("dag2_silu")))
+    same = cost(trees.make_model(Trial(arm)))
+    wider = cost(trees.make_model(Trial(f"{arm}_compute")))
+    assert same["parameters"] == pytest.approx(dag["parameters"], abs=0.02 * 31_424)
+    assert wider["multiply_adds"] == pytest.approx(dag["multiply_adds"], abs=0.02 * 37_376)
 
 
-def test_trials_are_added_and_not_repeated(monkeypatch, refused):
-    """A row of the file is what training returned; started again, nothing is trained twice; a damaged row is named."""
-    monkeypatch.setattr(trees, "RESULTS", results := Path("trees.csv"))
+def test_one_table_is_learned():
+    """Chance would be 0.17."""
+    trial, _, _ = trees.train_trial(Trial("sum", depth=1, steps=250, rate=6e-3))
+    assert trial.accuracy > 0.9
+
+
+@pytest.mark.parametrize("change", [{}, {"rate": 6e-3}, {"seed": 2}, {"draw": 2}])
+def test_a_trial_is_determined_by_its_settings(change):
+    """One curve comes out each time, and another one for another rate, seed or draw."""
+    first, _, _ = trees.train_trial(Trial("sum", steps=24))
+    second, _, _ = trees.train_trial(Trial("sum", steps=24, **change))
+    assert (first.curve == second.curve) == (change == {})
+
+
+def test_trials_are_added_and_not_repeated(refused):
+    """A row of the file is what training returned; a damaged one is named."""
     trials = [Trial(arm, steps=20) for arm in ("sum", "dag2_silu")]
     trees.run_missing(trials[:1])
     trees.run_missing(trials)
     rows = trees.read_trials()
-    assert [row[:6] for row in rows] == [trial[:6] for trial in trials]
-    assert trees.train_trial(trials[1])[0]._replace(seconds=rows[1].seconds) == rows[1]
-    assert (rows[0].probe, rows[1].parameters, rows[1].multiply_adds) == ("", 31_424, 37_376)
-    assert rows[1].curve.endswith(f" {rows[1].accuracy:.4f}") and len(rows[1].curve.split()) == trees.POINTS
-    whole = results.read_text()
-    results.write_text(whole + whole.splitlines()[1])
-    assert len(trees.read_trials()) == 2, "one of two equal ones"
-    results.write_text(whole[:-9])
+    assert [row.arm for row in rows] == ["sum", "dag2_silu"]
+    again, _, _ = trees.train_trial(trials[1])
+    assert again._replace(seconds=rows[1].seconds) == rows[1]
+    assert rows[1].parameters == 31_424
+    assert rows[1].multiply_adds == 37_376
+    whole = Path("trees.csv").read_text()
+    Path("trees.csv").write_text(whole[:-9])
     refused("trees.csv, line 3: not a whole row", trees, "--plot=a.png")
 
 
-@pytest.mark.parametrize(("arm", "best"), [("sum", RATES[1]), ("dense", RATES[2])])
-def test_the_best_rate_is_chosen_on_other_tables(arm, best, monkeypatch):
-    """Two trials a rate on draw 0, three more of the better two decide; others have one. All else has that rate."""
-    monkeypatch.setattr(trees, "RESULTS", Path("trees.csv"))
-    luck = ((0.5, 0.65, 1, 1, 1), (0.6, 0.6, 0.5, 0.5, 0.5), (0.9, 0.6, 0.1, 0.1, 0.1), (0.1, 0.1, 1, 1, 1))
+def test_the_best_rate_is_chosen_on_other_tables(monkeypatch):
+    """Two trials a rate on draw 0, and three more of the better two; all else has the best."""
 
-    def made_up(trial: Trial) -> tuple:
-        accuracy = trial.draw or luck[RATES.index(trial.rate)][trial.seed - 1]
+    def make_up(trial: Trial) -> tuple:
+        lucky = 0.9 if trial.seed == 1 else 0.5  # 0.7 in two trials, 0.58 in five
+        accuracy = {RATES[1]: 0.6, RATES[2]: lucky}.get(trial.rate, 0.1)
         return trial._replace(accuracy=accuracy, curve="0 0 0 0"), None, None
 
-    monkeypatch.setattr(trees, "train_trial", made_up)
-    trees.run_missing([Trial(arm, rate=RATES[3]), Trial("coe", draw=0, rate=RATES[3], seed=2)])  # which have no say
-    trees.run_arm(arm)
-    found = [trial for trial in trees.read_trials() if trial.arm == arm]
-    assert sum(trial.draw == 0 for trial in found) == (14 if arm == "sum" else 4)
-    expected = {(3, draw, seed, 12_000) for draw in (1, 2, 3, 4, 5) for seed in (1, 2, 3, 4, 5)}
-    expected |= {(3, 1, seed, steps) for seed in (1, 2) for steps in (40_000, 64_000)}
-    expected |= {(depth, 1, seed, 12_000) for depth in (2, 4) for seed in (1, 2, 3)}
-    rest = {trial[1:5] for trial in found if trial.draw > 0 and trial.rate == best}
-    assert rest == (expected if arm == "sum" else {(3, draw, 1, 12_000) for draw in (1, 2, 3, 4, 5)})
+    monkeypatch.setattr(trees, "train_trial", make_up)
+    trees.run_arm("sum")
+    rows = trees.read_trials()
+    assert {row.rate for row in rows if row.draw > 0} == {RATES[1]}
+    assert Counter(row.draw for row in rows) == {0: 14, 1: 15, 2: 5, 3: 5, 4: 5, 5: 5}
+    assert Counter(row.steps for row in rows) == {12_000: 45, 40_000: 2, 64_000: 2}
+    assert Counter(row.depth for row in rows) == {2: 3, 3: 43, 4: 3}
 
 
 def test_table_and_picture(monkeypatch, call):
-    """Means, intervals over trials and draws, gaps in pairs, seconds of the fastest; curves and a heat map."""
-    of, probe = dict(parameters=7, multiply_adds=9, curve="0 0 0 1"), "0.1 0.2 0.3|0.4 0.5 0.6|0.7 0.8 0.9|1 1 1"
-    monkeypatch.setattr(trees, "RESULTS", Path("trees.csv"))
-    monkeypatch.setattr(trees, "train_trial", lambda trial: (trial._replace(**of), None, None))
-    other = ((0, 1.5e-3), (0, 7.5e-4), (1, 7.5e-4))  # draw and rate of what is not shown
-    rows = [Trial("dag2_silu", draw=d, rate=r, accuracy=r, seconds=5.0) for d, r in other]
-    found = ((1, 1, 0.9), (1, 2, 1.0), (2, 1, 0.5))  # draw, seed, accuracy
-    rows += [Trial("dag2_silu", draw=d, seed=s, accuracy=a, seconds=7.0, probe=probe) for d, s, a in found]
-    rows += [Trial("sum", draw=d, seed=s, accuracy=s / 10) for d, s in ((0, 1), (1, 1), (1, 2), (1, 3), (2, 1))]
-    trees.run_missing([*rows, Trial("sum", depth=2), Trial("dag2_silu", steps=40_000, seconds=13.4, probe=probe)])
+    """Means, intervals over trials and draws, gaps in pairs, the fastest trial's seconds."""
+    of_sum = Trial("sum", parameters=7, multiply_adds=9, accuracy=0.1, curve="0 0 0 1")
+    dag = of_sum._replace(arm="dag2_silu", seconds=7.0, probe="0.1 0.2|0.4 0.5|1 1")
+    rows = [of_sum._replace(draw=0), dag._replace(draw=0)]  # which choose the rate
+    rows.append(of_sum._replace(seed=3, accuracy=0.3))  # has no partner
+    rows.append(dag._replace(steps=40_000, seconds=13.4))  # 4.02 in 12,000
+    for draw, seed, accuracy in ((1, 1, 0.9), (1, 2, 1.0), (2, 1, 0.5)):
+        rows.append(of_sum._replace(draw=draw, seed=seed, accuracy=0.1 * seed))
+        rows.append(dag._replace(draw=draw, seed=seed, accuracy=accuracy))
+    monkeypatch.setattr(trees, "read_trials", lambda: rows)
     out = call(trees, "--plot=a.png")[1]
-    assert Path("a.png").read_bytes().startswith(b"\x89PNG")
-    assert [" ".join(line.split()) for line in out.splitlines()[3:7]] == [
+    assert [" ".join(line.split()) for line in out.splitlines()[1:5]] == [
         "depth 3, 12,000 steps",
         "sum 7 9 0.0015 0 4 0.175 ± 0.152 +0.000 ± 0.000 ± 0.000 0 0.2 0.1",
-        "dag2_silu 7 9 0.0015 4 3 0.800 ± 0.657 +0.667 ± 0.574 ± 2.541 3 0.95 0.5",  # 0.8, 0.8, 0.4; draws 0.8, 0.4
-        "leaves, nodes by depth; by level: [0.1, 0.2, 0.3] [0.4, 0.5, 0.6] [0.7, 0.8, 0.9] [1.0, 1.0, 1.0]",
+        "dag2_silu 7 9 0.0015 4 3 0.800 ± 0.657 +0.667 ± 0.574 ± 2.541 3 0.95 0.5",
+        "leaves, nodes by depth; by level: [0.1, 0.2] [0.4, 0.5] [1.0, 1.0]",
     ]
-    assert "-0.667 ± 0.574 ± 2.541   0  " in call(trees, "--plot=a.png", "--against=dag2_silu")[1]
-    assert call(trees)[1].split() == ["sum", "0.000", "dag2_silu", "0.000", "series", "0.000"]
+    assert Path("a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_is_read_off(monkeypatch):
-    """Values that are in the nodes, each expert with a code of its own, are read; what is not there is guessed."""
+    """Values in the nodes, coded by expert, are read; what is not there is guessed."""
     generator = torch.Generator().manual_seed(0)
-    tokens, levels = trees.draw_trees(trees.make_tables(3, 1), 3000, generator)
-    empty, full = torch.randn(3000 * 9, 2, 24, generator=generator), torch.zeros(3000 * 9, 2, 24)
+    tokens, levels = draw_trees(3000)
+    empty = torch.randn(3000 * 9, 2, 24, generator=generator)
+    full = torch.zeros(3000 * 9, 2, 24)
     expert = torch.rand(3000 * 9, 8, generator=generator).argsort(dim=1)[:, :2]
-    full[8::9, 1] = F.one_hot((levels[1] + expert[8::9, 1:]) % 6, 6).flatten(1).float()
-    depths = [Namespace(before=empty, after=after, expert=expert) for after in (empty, full)]
-    monkeypatch.setattr(graph, "observe", lambda *_: [depths])
+    codes = (levels[1] + expert[8::9, 1:]) % 6
+    full[8::9, 1] = F.one_hot(codes, 6).flatten(1).float()
+    first = Namespace(before=empty, after=empty, expert=expert)
+    second = Namespace(before=empty, after=full, expert=expert)
+    monkeypatch.setattr(graph, "observe", lambda model, tokens: [[first, second]])
     rows = graph.read_off(Namespace(config=Namespace(n_expert=8)), tokens, levels, 6)
-    leaves, *empties, after = [graph.shares_right(row, levels[1:]) for row in rows]
-    assert after[0] == 1.0 and 0.5 < leaves[0] < 0.7 and after[2] < 0.5
-    assert len(empties) == 2 and all(row == pytest.approx([1 / 6] * 3, abs=0.06) for row in empties)
+    shares = [graph.shares_right(row, levels[1:]) for row in rows]
+    assert 0.5 < shares[0][0] < 0.7
+    for row in shares[1:3]:
+        assert row == pytest.approx([1 / 6] * 3, abs=0.06)
+    assert shares[3][0] == 1.0
+    assert shares[3][2] < 0.5
