@@ -47,6 +47,14 @@ TESTED = 4096  # trees in each of them
 PROBED = 12_288  # trees that read_off gets
 
 
+SUMMARY = {  # arms in README's picture: what they are called there, and how the name is placed
+    "sum": ("sum", "center"),
+    "sum_compute": ("sum, as many products", "center"),
+    "series": ("two MoEs in series", "bottom"),
+    "dag2_silu": ("dag, L = 2", "top"),
+}
+
+
 class Trial(NamedTuple):
     """One training, a row of the CSV file: what determines it, and what became of it."""
 
@@ -320,17 +328,39 @@ def draw_picture(path: Path, trials: list[Trial]) -> None:
     for axis, label in zip(curves, labels, strict=True):
         axis.set(xlabel=label, ylabel="accuracy")
     curves[0].legend(fontsize="small", ncols=2)
+    draw_nodes(nodes, trials)
+    save_png(path, figure)
+
+
+def draw_nodes(axis, trials: list[Trial]) -> None:
+    """Draw as a heat map what can be read off dag2_silu's nodes."""
     shown = by_arm([trial for trial in trials if trial.arm == "dag2_silu"], 3, 12_000)
     if shown:
         shares = mean_probe(shown["dag2_silu"])
-        nodes.imshow(shares, vmin=1 / VALUES, vmax=1, cmap="Blues", aspect="auto")
+        axis.imshow(shares, vmin=1 / VALUES, vmax=1, cmap="Blues", aspect="auto")
         for (i, j), share in np.ndenumerate(shares):
             color = "white" if share > 0.6 else "black"
-            nodes.text(j, i, f"{share:.2f}", ha="center", color=color)
-    nodes.set(title="share read off right, dag2_silu")
-    nodes.set(xticks=range(3), xticklabels=["level 1", "level 2", "root"])
+            axis.text(j, i, f"{share:.2f}", ha="center", color=color)
+    axis.set(title="values that are read off right, dag, L = 2")
+    axis.set(xticks=range(3), xticklabels=["level 1", "level 2", "root"])
     places = ["leaves", "nodes before the graph", "after depth 1", "after depth 2"]
-    nodes.set(yticks=range(4), yticklabels=places)
+    axis.set(yticks=range(4), yticklabels=places)
+
+
+def draw_summary(path: Path, trials: list[Trial]) -> None:
+    """Draw README's picture: four arms' accuracy against steps, and what nodes hold."""
+    figure = new_figure(12, 4.5)
+    curves, nodes = figure.subplots(1, 2)
+    arms = by_arm([trial for trial in trials if trial.arm in SUMMARY], 3, 12_000)
+    for arm, group in arms.items():
+        accuracy = np.array([trial.curve.split() for trial in group], dtype=float).mean(axis=0)
+        x = np.arange(1, POINTS + 1) / POINTS * 12_000
+        line = curves.plot(x, accuracy)[0]
+        name, place = SUMMARY[arm]
+        curves.text(12_200, accuracy[-1], name, color=line.get_color(), va=place)
+    curves.set(xlabel="steps", ylabel="accuracy", xlim=(0, 19_000), ylim=(0, 1))
+    curves.set(xticks=range(0, 12_001, 4_000), title="mean over five draws of the tables")
+    draw_nodes(nodes, trials)
     save_png(path, figure)
 
 
@@ -339,12 +369,13 @@ def main() -> None:
     add = parser.add_argument
     add("--full", nargs="*", choices=ARMS, metavar="ARM", help="the whole table (of these arms)")
     add("--plot", type=Path, metavar="FILE.png", help="what has been found so far")
+    add("--summary", type=Path, metavar="FILE.png", help="the same in two panels, as in README")
     add("--against", default="sum", choices=ARMS, metavar="ARM", help="compare with (default: sum)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.plot:
         check_target(args.plot)
-    if args.full is None and not args.plot:
+    if args.full is None and not args.plot and not args.summary:
         for arm in ("sum", "dag2_silu", "series"):
             trial, _, _ = train_trial(Trial(arm, steps=8_000, rate=RATES[0]))
             print(f"{arm:12}{trial.accuracy:.3f}", flush=True)
@@ -356,6 +387,8 @@ def main() -> None:
     print_table(trials, args.against)
     if args.plot:
         draw_picture(args.plot, trials)
+    if args.summary:
+        draw_summary(args.summary, trials)
 
 
 if __name__ == "__main__":
