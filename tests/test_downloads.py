@@ -2,10 +2,9 @@
 
 import hashlib
 import http.server
-import io
 import os
 import re
-import tarfile
+import shutil
 import threading
 from pathlib import Path
 
@@ -13,21 +12,10 @@ import numpy as np
 import pytest
 
 import prepare
-from tests.conftest import REPOSITORY
 from tests.test_data import read_dataset
 
-SHAKESPEARE = REPOSITORY.parent / "shared/data/shakespeare/input.txt"
 BODY = b"0123456789abcdef" * 20_000
-TINYSTORIES = b"""
-Once.
-
-The end.
-<|endoftext|>
-
-  Tom <|endoftext|> ran.
-<|endoftext|>
-<|endoftext|>
-A cut st"""
+STORIES = b"\nOnce.\n\nThe end.\n<|endoftext|>\n\n  Tom <|endoftext|> ran.\n<|endoftext|>\nA cut st"
 
 
 def sha256(data: bytes) -> str:
@@ -40,23 +28,22 @@ class Publisher(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         server = self.server
         body = server.files.get(self.path.split("/")[-1])
-        mishap = server.mishaps.pop(0) if server.mishaps else ""
-        requested = self.headers["Range"] or "bytes=0-"
-        start = int(re.sub(r"\D", "", requested)) if server.knows_ranges else 0
+        mishap = next(server.mishaps, "")
+        range_start = re.sub(r"\D", "", self.headers["Range"])
+        start = 0 if "whole" in mishap else int(range_start)
         server.requests.append(start)
-        if body is None or mishap.isdigit():
-            return self.send_error(int(mishap or 404))
+        if body is None or mishap == "503":
+            return self.send_error(503)
         if start >= len(body):
             return self.send_error(416)
-        self.send_response(206 if server.knows_ranges else 200)
+        self.send_response(200 if "whole" in mishap else 206)
         if mishap != "unsized":
             self.send_header("Content-Length", str(len(body) - start))
         self.end_headers()
         rest = body[start:].swapcase() if mishap == "wrong" else body[start:]
-        self.wfile.write(rest[: len(rest) // 2] if mishap == "cut" else rest)
+        self.wfile.write(rest[: len(rest) // 2] if "cut" in mishap else rest)
 
-    def log_message(self, *arguments):
-        pass
+    log_message = print
 
 
 @pytest.fixture
@@ -65,9 +52,8 @@ def publisher(monkeypatch):
     monkeypatch.setattr(prepare, "PAUSES", [0.001] * 7)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Publisher) as server:
         server.files = {"f": BODY}
-        server.mishaps = []
+        server.mishaps = iter([])
         server.requests = []
-        server.knows_ranges = True
         server.url = f"http://127.0.0.1:{server.server_port}"
         for name in ("SHAKESPEARE_URL", "TINYSTORIES_URL", "OPENWEBTEXT_URL"):
             monkeypatch.setattr(prepare, name, server.url)
@@ -77,12 +63,10 @@ def publisher(monkeypatch):
 
 
 @pytest.mark.parametrize("left", [0, 1000, len(BODY), len(BODY) + 1])
-@pytest.mark.parametrize("knows_ranges", [True, False])
-@pytest.mark.parametrize("mishaps", ["", "unsized " * 7, "cut cut cut", "503 cut 429 cut"])
-def test_downloads_survive(publisher, left, knows_ranges, mishaps):
+@pytest.mark.parametrize("mishaps", ["503 cut 503 cut", "whole-cut 503 whole", "unsized " * 7])
+def test_downloads_survive(publisher, left, mishaps):
     """The file is whole in the end, whatever an earlier run left; it is not fetched again."""
-    publisher.mishaps = mishaps.split()
-    publisher.knows_ranges = knows_ranges
+    publisher.mishaps = iter(mishaps.split())
     Path("data/downloads").mkdir(parents=True)
     Path("data/downloads/f.partial").write_bytes((BODY + b"!")[:left])
     for _ in range(2):
@@ -92,26 +76,18 @@ def test_downloads_survive(publisher, left, knows_ranges, mishaps):
         assert os.listdir("data/downloads") == ["f"]
 
 
-def test_a_download_goes_on_where_it_was_cut(publisher):
-    """What has come is not asked for again."""
-    publisher.mishaps = ["cut", "503", "cut"]
-    prepare.download(f"{publisher.url}/f", sha256(BODY))
-    assert publisher.requests == [0, 160_000, 160_000, 240_000]
-
-
-@pytest.mark.parametrize("mishaps", ["wrong", "cut wrong"])
-def test_a_wrong_file_is_fetched_afresh(publisher, mishaps):
-    """Where the checksum is not that of the published file, nothing of it is kept."""
-    publisher.mishaps = mishaps.split()
+def test_a_download_goes_on_where_it_was_cut_and_a_wrong_one_begins_afresh(publisher):
+    """What has come is asked for again only if the checksum is not the published one."""
+    publisher.mishaps = iter(["cut", "503", "cut", "wrong"])
     path = prepare.download(f"{publisher.url}/f", sha256(BODY))
+    assert publisher.requests == [0, 160_000, 160_000, 240_000, 0]
     assert path.read_bytes() == BODY
 
 
-@pytest.mark.parametrize("body", [None, BODY, BODY[:-1] + b"!"], ids=["none", "cut", "wrong"])
-def test_a_download_that_cannot_succeed_is_refused(publisher, body):
+@pytest.mark.parametrize("mishap", ["503", "cut", "wrong"])
+def test_a_download_that_cannot_succeed_is_refused(publisher, mishap):
     """After seven attempts it says how to fetch the file by hand, and accepts no other."""
-    publisher.files = {"f": body}
-    publisher.mishaps = ["cut"] * 7 if body == BODY else []
+    publisher.mishaps = iter([mishap] * 7)
     with pytest.raises(prepare.UserError, match=r"by hand, as data/downloads/f$"):
         prepare.download(f"{publisher.url}/f", sha256(BODY))
     assert len(publisher.requests) == 7
@@ -119,71 +95,42 @@ def test_a_download_that_cannot_succeed_is_refused(publisher, body):
 
 
 def test_shakespeare_is_split_as_in_nanogpt(publisher, monkeypatch):
-    """Train is int(0.9 * n) characters, val the rest; a public clone lacks the real text."""
+    """Train is int(0.9 * n) characters, as many as these are for the n of the real text."""
     text = (b"First Citizen:\n" * 80_000)[:1_115_394]
-    if SHAKESPEARE.exists():
-        text = SHAKESPEARE.read_bytes()
-    else:
-        monkeypatch.setattr(prepare, "SHAKESPEARE_SHA256", sha256(text))
+    monkeypatch.setattr(prepare, "SHAKESPEARE_SHA256", sha256(text))
     publisher.files = {"input.txt": text}
     prepare.main(["shakespeare"])
     assert read_dataset("shakespeare") == [[text[:1_003_854]], [text[1_003_854:]]]
 
 
-@pytest.mark.parametrize("block", [20, 1 << 16])
-def test_tinystories_have_their_published_split(publisher, monkeypatch, block):
+def test_tinystories_have_their_published_split(publisher, monkeypatch):
     """Stories are what is between separator lines, stripped."""
-    monkeypatch.setattr(prepare, "BLOCK", block)
-    monkeypatch.setattr(prepare, "TINYSTORIES_TRAIN_SHA256", sha256(TINYSTORIES))
-    monkeypatch.setattr(prepare, "TINYSTORIES_VAL_SHA256", sha256(b"Val.\n<|endoftext|>"))
-    publisher.files["TinyStoriesV2-GPT4-train.txt"] = TINYSTORIES
-    publisher.files["TinyStoriesV2-GPT4-valid.txt"] = b"Val.\n<|endoftext|>"
+    monkeypatch.setattr(prepare, "TINYSTORIES_TRAIN_SHA256", sha256(STORIES))
+    monkeypatch.setattr(prepare, "TINYSTORIES_VAL_SHA256", sha256(b"Val."))
+    publisher.files["TinyStoriesV2-GPT4-train.txt"] = STORIES
+    publisher.files["TinyStoriesV2-GPT4-valid.txt"] = b"Val."
     prepare.main(["tinystories", "--encoding=bytes"])
-    train, val = read_dataset("tinystories")
-    assert train == [b"Once.\n\nThe end.", b"Tom <|endoftext|> ran.", b"A cut st"]
-    assert val == [b"Val."]
+    train = [b"Once.\n\nThe end.", b"Tom <|endoftext|> ran.", b"A cut st"]
+    assert read_dataset("tinystories") == [train, [b"Val."]]
 
 
-def make_archive(files: dict[str, bytes], mode: str) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=mode) as archive:
-        archive.add(".", recursive=False)  # a folder
-        for name, body in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(body)
-            archive.addfile(entry, io.BytesIO(body))
-    return buffer.getvalue()
-
-
-@pytest.fixture
-def openwebtext(publisher, workdir, monkeypatch):
-    """21 archives with two archives of a page each; all names in them are dangerous."""
-    Path("deep/folder").mkdir(parents=True)
-    monkeypatch.chdir("deep/folder")
-    monkeypatch.setattr(prepare, "OPENWEBTEXT_DOCUMENTS", 42)
-    monkeypatch.setattr(prepare, "OPENWEBTEXT_VAL", 5)
+def test_openwebtext_has_the_split_of_nanogpt(publisher, refused, monkeypatch):
+    """Pages in archives in 21 archives come back in order, unless one is missing."""
+    Path("pages").mkdir()
+    Path("pages/README").write_text("no page")
     for i in range(21):
-        subsets = {}
-        for j in (2 * i, 2 * i + 1):
-            page = f"\n\nPage {j}\n\n\n\n日本 \n".encode()
-            files = {f"../../escape-{j}.txt": page, "README": b"no page"}
-            subsets[f"../../escape-{j}.xz"] = make_archive(files, "w:xz")
-        publisher.files[f"urlsf_subset{i:02}.tar"] = make_archive(subsets, "w")
-
-
-def test_openwebtext_has_the_split_of_nanogpt(openwebtext, workdir):
-    """Its pages come back in order, and the names in its archives are never used as paths."""
+        Path("pages/a.txt").write_text(f"\n\nPage {2 * i}\n\n\n\n日本 \n")
+        Path("pages/b.txt").write_text(f"\n\nPage {2 * i + 1}\n\n\n\n日本 \n")
+        shutil.make_archive("subsets/subset", "xztar", "pages")
+        archive = shutil.make_archive("archive", "tar", "subsets")
+        publisher.files[f"urlsf_subset{i:02}.tar"] = Path(archive).read_bytes()
+    monkeypatch.setattr(prepare, "OPENWEBTEXT_VAL", 5)
+    monkeypatch.setattr(prepare, "OPENWEBTEXT_DOCUMENTS", 43)
+    refused("42 documents came, not 43", prepare, "openwebtext", "--encoding=bytes")
+    monkeypatch.setattr(prepare, "OPENWEBTEXT_DOCUMENTS", 42)
     prepare.main(["openwebtext", "--encoding=bytes"])
     order = np.random.default_rng(2357).permutation(42)
     pages = [f"Page {i}\n\n日本".encode() for i in range(42)]
     train = [pages[i] for i in sorted(order[5:])]
     val = [pages[i] for i in sorted(order[:5])]
     assert read_dataset("openwebtext") == [train, val]
-    assert not list(workdir.rglob("escape*"))
-
-
-def test_an_incomplete_openwebtext_is_refused(openwebtext, refused, monkeypatch):
-    """Where documents are missing, the split would not be the published one."""
-    monkeypatch.setattr(prepare, "OPENWEBTEXT_DOCUMENTS", 43)
-    message = "42 documents came, not 43"
-    refused(message, prepare, "openwebtext", "--encoding=bytes")
