@@ -15,7 +15,7 @@ os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # references
 torch.set_num_threads(1)  # several tests run at once
 
 REPOSITORY = Path(train.__file__).parent
-NO_MESSAGE = re.compile(r"^\s*$|(B|step|run|it|tokens)/s| left\s*$")  # as progress bars have it
+NO_MESSAGE = re.compile(r"^\s*$|(B|step|run|it|tokens)/s| left\s*$")  # a bar; \x1b[A moves it up
 TINY_RUN = ["--dataset=tiny", "--out_dir=out/tiny", "--device=cpu", "--block_size=16"]
 TINY_RUN += ["--n_layer=2", "--n_head=2", "--n_kv_head=1", "--n_embd=16"]
 TINY_RUN += ["--n_expert=4", "--top_k=2", "--expert_dim=8", "--dag_dim=4"]
@@ -73,7 +73,7 @@ def refused(call):
 
     def refused(message, module, *arguments):
         status, _, error = call(module, *arguments)
-        lines = [line for line in re.split("[\r\n]", error) if not NO_MESSAGE.search(line)]
+        lines = [line for line in re.split("[\r\n]|\x1b.A", error) if not NO_MESSAGE.search(line)]
         assert status == 2, error
         assert len(lines) == 1, error
         assert re.match("error: .*" + re.escape(message), lines[0])

@@ -1,7 +1,6 @@
 """The slow, plain versions that the fast code must equal: loops over tokens, experts and edges."""
 
 import torch
-import torch.nn.functional as F
 
 from model import NORM_EPS, DAGAggregator, Experts, ModelConfig
 
@@ -43,20 +42,12 @@ def rms_norm(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return x / (mean_square + NORM_EPS).sqrt() * scale
 
 
-GATES = {
-    "sigmoid": torch.sigmoid,
-    "silu": lambda x: x * torch.sigmoid(x),
-    "open": torch.ones_like,
-}
+GATES = {"sigmoid": torch.sigmoid, "silu": torch.nn.functional.silu, "open": torch.ones_like}
 
 
 def plain_dag(aggregator: DAGAggregator, gate_name: str, h, out, weight):
-    """Compute Eq. 6 to 12 as the paper writes them, building every concatenation of two nodes.
-
-    h (S, C), out (S, K, C), weight (S, K) → (S, C).
-    """
+    """Compute Eq. 6 to 12 as the paper writes them, building every concatenation."""
     K = out.shape[1]
-    sigma = GATES[gate_name]
     nodes = [weight[:, i, None] * out[:, i] + h / K for i in range(K)]  # Eq. 6
     for layer in aggregator.layers:
         z = [rms_norm(n, layer.norm.weight) @ layer.w_down.weight.T for n in nodes]  # Eq. 7
@@ -65,7 +56,7 @@ def plain_dag(aggregator: DAGAggregator, gate_name: str, h, out, weight):
             total = 0
             for j in range(K):
                 edge = torch.cat([z[i], z[j]], dim=-1)  # Eq. 8
-                e = sigma(edge @ layer.w_edge.weight.T)  # Eq. 9
+                e = GATES[gate_name](edge @ layer.w_edge.weight.T)  # Eq. 9
                 m = e * (edge @ layer.w_node.weight.T)  # Eq. 10
                 total = total + m
             new_nodes.append(nodes[i] + total @ layer.w_up.weight.T)  # Eq. 11
@@ -92,8 +83,8 @@ def plain_experts(experts: Experts, x: torch.Tensor, expert: torch.Tensor) -> to
     rows = []
     for s in range(expert.shape[0]):
         for e in expert[s].tolist():
-            hidden = F.silu(experts.gate_proj[e] @ x[s]) * (experts.up_proj[e] @ x[s])
-            rows.append(experts.down_proj[e] @ hidden)
+            matrices = (experts.gate_proj[e], experts.up_proj[e], experts.down_proj[e])
+            rows.append(plain_swiglu(*matrices, x[s]))
     return torch.stack(rows).view(*expert.shape, -1)
 
 
@@ -107,10 +98,7 @@ def assert_same(ours: dict, theirs: dict, tolerance: float) -> None:
 
 
 def results_and_gradients(function, inputs: dict[str, torch.Tensor], module: torch.nn.Module):
-    """Return the function's value, and the gradients of all inputs and parameters by name.
-
-    What is differentiated is the value's product with fixed random numbers.
-    """
+    """Return the value, and the gradients of its product with fixed random numbers, by name."""
     inputs = {name: x.detach().clone() for name, x in inputs.items()}
     for x in inputs.values():
         x.requires_grad_(x.is_floating_point())

@@ -42,13 +42,6 @@ def mixtral_of(ours: GPT):
         tie_word_embeddings=config.tie_embeddings,
         max_position_embeddings=config.block_size,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        rms_norm_eps=1e-5,
-        hidden_act="silu",
-        sliding_window=None,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-        attn_implementation="eager",
     )
     weights = {
         "model.embed_tokens.weight": ours.embed.weight,
@@ -70,8 +63,7 @@ def mixtral_of(ours: GPT):
         for name, weight in layer.items():
             weights[f"model.layers.{i}.{name}"] = weight
     theirs = MixtralForCausalLM(mixtral_config).float()
-    detached = {name: weight.detach() for name, weight in weights.items()}
-    theirs.load_state_dict(detached, strict=True)
+    theirs.load_state_dict(weights, strict=True)
     return theirs
 
 
@@ -88,14 +80,14 @@ def test_with_sum_the_network_is_mixtral(tie):
     assert (output.logits - logits).abs().max() <= 1e-4
     output.loss.backward()
     F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
-    expected = {"embed": theirs.model.embed_tokens.weight.grad}
-    assert_same({"embed": ours.embed.weight.grad}, expected, 1e-4)
+    embedding = theirs.model.embed_tokens.weight
+    assert_same({"grad": ours.embed.weight.grad}, {"grad": embedding.grad}, 1e-4)
 
 
 @ALL_KINDS
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
-def test_logits_do_not_depend_on_later_tokens(changes, training):
-    """What comes from position 10 on changes the logits there, and none before."""
+def test_logits_depend_on_earlier_tokens_alone(changes, training):
+    """Later tokens change no logits, and a row has the same ones beside others and alone."""
     model = tiny_model(**changes).train(training)
     tokens = random_tokens(4, 16)
     logits = model(tokens).logits
@@ -103,30 +95,7 @@ def test_logits_do_not_depend_on_later_tokens(changes, training):
     changed = model(tokens).logits
     assert (changed[:, :10] - logits[:, :10]).abs().max() <= 1e-5
     assert (changed[:, 10:] - logits[:, 10:]).abs().max() > 1e-2
-
-
-@ALL_KINDS
-def test_logits_do_not_depend_on_other_rows(changes):
-    """A row has the same logits beside other rows, and alone."""
-    model = tiny_model(**changes)
-    tokens = random_tokens(4, 16)
-    logits = model(tokens).logits[0]
-    tokens[1:] = (tokens[1:] + 5) % 23
-    assert (model(tokens).logits[0] - logits).abs().max() <= 1e-5
-    assert (model(tokens[:1]).logits[0] - logits).abs().max() <= 1e-5
-
-
-def test_the_loss_is_cross_entropy_alone():
-    """It is that of the logits, in nats per token, and without targets there is none."""
-    model = tiny_model()
-    tokens = random_tokens(2, 16)
-    targets = random_tokens(2, 16, seed=1)
-    without = model(tokens)
-    output = model(tokens, targets)
-    assert without.loss is None
-    assert torch.equal(without.logits, output.logits)
-    expected = F.cross_entropy(output.logits.flatten(0, 1), targets.flatten())
-    assert output.loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert (model(tokens[:1]).logits - changed[:1]).abs().max() <= 1e-5
 
 
 def test_targets_of_minus_one_add_no_loss():
@@ -138,15 +107,15 @@ def test_targets_of_minus_one_add_no_loss():
     expected = F.cross_entropy(logits.flatten(0, 1), targets[:, :5].flatten())
     targets[:, 5:] = -1
     assert model(tokens, targets).loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert model(tokens).loss is None
 
 
 def test_the_loss_is_computed_in_float32():
-    """Under bfloat16 autocast the loss is the float32 cross-entropy of the bfloat16 logits."""
-    model = tiny_model()
+    """Of bfloat16 logits, too, also without autocast, which would see to it."""
+    model = tiny_model().bfloat16()
     tokens = random_tokens(2, 16)
     targets = random_tokens(2, 16, seed=1)
-    with torch.autocast("cpu", torch.bfloat16):
-        output = model(tokens, targets)
+    output = model(tokens, targets)
     assert output.logits.dtype == torch.bfloat16
     assert output.loss.dtype == torch.float32
     expected = F.cross_entropy(output.logits.flatten(0, 1).float(), targets.flatten())
@@ -172,23 +141,6 @@ def test_more_tokens_than_block_size_are_refused():
         tiny_model()(random_tokens(1, 17))
 
 
-@ALL_KINDS
-def test_one_batch_is_learned_by_heart(changes):
-    """Within two hundred steps the loss falls below 0.05."""
-    torch.manual_seed(0)
-    model = GPT(tiny_config(**changes, n_embd=64, expert_dim=64))
-    tokens = random_tokens(4, 17)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(200):
-        loss = model(tokens[:, :-1], tokens[:, 1:]).loss
-        if loss.item() < 0.05:
-            return
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    pytest.fail(f"the loss is still {loss.item():.3f}")
-
-
 def test_first_weights_are_drawn_as_documented():
     """Deviation 0.02, less for what writes into the residual stream; W_up is 0, norms are 1."""
     torch.manual_seed(0)
@@ -203,14 +155,8 @@ def test_first_weights_are_drawn_as_documented():
             std = 0.02 / math.sqrt(6) if part in ("o_proj", "down_proj") else 0.02
             assert weight.std().item() == pytest.approx(std, rel=0.1), name
             assert abs(weight.mean().item()) <= 0.1 * std, name
-
-
-def test_no_two_matrices_begin_alike():
-    """Each has a random generator of its own."""
-    model = GPT(ModelConfig(n_layer=2))
-    first, second = model.blocks
-    assert not torch.equal(first.attention.q_proj.weight, second.attention.q_proj.weight)
-    assert not torch.equal(first.moe.experts.gate_proj[0], first.moe.experts.gate_proj[1])
+    queries = [block.attention.q_proj.weight for block in model.blocks]
+    assert not torch.equal(queries[0], queries[1])
 
 
 @ALL_KINDS
@@ -252,23 +198,3 @@ def test_generation_with_the_cache_equals_generation_without(changes, length):
         if window.shape[1] > 16:
             window = window[:, -8:]
     assert len(torch.stack(cached).unique()) > 5, "a model that repeats itself tests little"
-
-
-def test_a_seed_decides_what_is_generated():
-    """The same generator gives the same tokens, another one others."""
-    model = tiny_model()
-    start = random_tokens(2, 3)
-    texts = []
-    for seed in (4, 4, 5):
-        generator = torch.Generator().manual_seed(seed)
-        texts.append(torch.stack(list(model.generate(start, 30, generator=generator))))
-    assert torch.equal(texts[0], texts[1])
-    assert not torch.equal(texts[0], texts[2])
-
-
-def test_ids_that_are_not_allowed_are_never_generated():
-    """The mask forbids all but two ids."""
-    allowed = torch.zeros(23, dtype=torch.bool)
-    allowed[[3, 19]] = True
-    tokens = list(tiny_model().generate(random_tokens(2, 3), 30, allowed))
-    assert torch.stack(tokens).unique().tolist() == [3, 19]

@@ -40,10 +40,10 @@ def test_two_ranks_equal_one(corpus, call):
     two = load("out/two/ckpt.pt")
     for name, weight in one["model"].items():
         assert (weight - two["model"][name]).abs().max() <= 1e-5, name
-    for row_of_one, row_of_two in zip(one["log"][1:], two["log"][1:], strict=True):
+    for row, other in zip(one["log"][1:], two["log"][1:], strict=True):
         # The balance loss is a mean over batches, which ranks evaluate in other portions.
-        for column in set(row_of_one) - {"balance_loss", "tokens_per_s"}:
-            assert row_of_one[column] == pytest.approx(row_of_two[column], rel=1e-4), column
+        for column in set(row) - {"balance_loss", "tokens_per_s"}:
+            assert row[column] == pytest.approx(other[column], rel=1e-4), column
 
 
 def test_a_stop_of_one_rank_stops_all_after_the_same_step(corpus):
