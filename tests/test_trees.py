@@ -1,6 +1,5 @@
 """lab/trees.py: the trees, a short cut through the model, what is chosen, resumed and read off."""
 
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace as Namespace
 
@@ -27,18 +26,13 @@ def draw_trees(count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return trees.draw_trees(trees.make_tables(3, draw=1), count, generator)
 
 
-def test_tables_have_all_values_equally_often():
-    """An operation that prefers a value would be easy to guess."""
-    for tables in trees.make_tables(3, draw=1):
-        assert (tables.flatten(1).sort().values == torch.arange(36) // 6).all()
-
-
 def test_trees_are_what_their_tables_say():
-    """A token tells place and value of a leaf; inner nodes look their two children up."""
+    """Inner nodes look their two children up, and a table has all values equally often."""
     tokens, levels = draw_trees(50)
     assert torch.equal(tokens[:, :8], levels[0] + 6 * torch.arange(8))
-    assert (tokens[:, 8] == 6 * 8).all()
+    assert (tokens[:, 8] == 48).all()  # "="
     for n, tables in enumerate(trees.make_tables(3, draw=1)):
+        assert (tables.flatten(1).sort().values == torch.arange(36) // 6).all()
         for tree in range(50):
             children = levels[n][tree].view(-1, 2)
             for i, (left, right) in enumerate(children):
@@ -53,17 +47,6 @@ def test_short_cut_is_gpt_forward(arm):
     ours = results_and_gradients(lambda: trees.answer(model, tokens)[0], {}, model)
     theirs = results_and_gradients(lambda: model(tokens).logits[:, -1], {}, model)
     assert_same(ours, theirs, 1e-6)
-
-
-def test_losses_are_those_of_a_router_of_the_last_token():
-    """The other tokens, which the short cut leaves out, are not routed."""
-    model = randomize(trees.make_model(Trial("sum")))
-    tokens, _ = draw_trees(40)
-    _, aux = trees.answer(model, tokens)
-    moe = model.blocks[0].moe
-    moe.register_forward_pre_hook(lambda moe, inputs: inputs[0][:, -1:])
-    out = model(tokens)
-    assert torch.allclose(aux, torch.stack([out.balance_loss, out.z_loss]))
 
 
 @pytest.mark.parametrize("arm", ["sum", "shared", "series"])
@@ -82,28 +65,17 @@ def test_one_table_is_learned():
     assert trial.accuracy > 0.9
 
 
-@pytest.mark.parametrize("change", [{}, {"rate": 6e-3}, {"seed": 2}, {"draw": 2}])
-def test_a_trial_is_determined_by_its_settings(change):
-    """One curve comes out each time, and another one for another rate, seed or draw."""
-    first, _, _ = trees.train_trial(Trial("sum", steps=24))
-    second, _, _ = trees.train_trial(Trial("sum", steps=24, **change))
-    assert (first.curve == second.curve) == (change == {})
-
-
-def test_trials_are_added_and_not_repeated(refused):
-    """A row of the file is what training returned; a damaged one is named."""
+def test_trials_are_added_and_not_repeated():
+    """A row of the file is what training returns, each time."""
     trials = [Trial(arm, steps=20) for arm in ("sum", "dag2_silu")]
     trees.run_missing(trials[:1])
     trees.run_missing(trials)
     rows = trees.read_trials()
     assert [row.arm for row in rows] == ["sum", "dag2_silu"]
-    again, _, _ = trees.train_trial(trials[1])
+    again = trees.train_trial(trials[1])[0]
     assert again._replace(seconds=rows[1].seconds) == rows[1]
     assert rows[1].parameters == 31_424
     assert rows[1].multiply_adds == 37_376
-    whole = Path("trees.csv").read_text()
-    Path("trees.csv").write_text(whole[:-9])
-    refused("trees.csv, line 3: not a whole row", trees, "--plot=a.png")
 
 
 def test_the_best_rate_is_chosen_on_other_tables(monkeypatch):
@@ -118,9 +90,7 @@ def test_the_best_rate_is_chosen_on_other_tables(monkeypatch):
     trees.run_arm("sum")
     rows = trees.read_trials()
     assert {row.rate for row in rows if row.draw > 0} == {RATES[1]}
-    assert Counter(row.draw for row in rows) == {0: 14, 1: 15, 2: 5, 3: 5, 4: 5, 5: 5}
-    assert Counter(row.steps for row in rows) == {12_000: 45, 40_000: 2, 64_000: 2}
-    assert Counter(row.depth for row in rows) == {2: 3, 3: 43, 4: 3}
+    assert [row.draw for row in rows].count(0) == 14
 
 
 def test_table_and_picture(monkeypatch, call):
