@@ -158,6 +158,8 @@ def test_tables_have_the_published_figures(call, refused):
     assert Path("b.csv").read_bytes() == TEXT.read_bytes()
     assert call(compare, "plot", "b.csv", "c.png")[0] == 0
     refused("dag1_sigmoid-1 is there twice", compare, "table", TEXT, "b.csv")
+    more = TEXT.with_name("text_seeds.csv")
+    assert "+0.0018 (-0.0067 to +0.0103)" in call(compare, "table", TEXT, more)[1]
     rows = compare.evaluations_in(TEXT)
     compare.write_csv(Path("a.csv"), {"": rows[:-1]})
     assert "Left out: shared-5, at 2,048,000 tokens;" in call(compare, "table", "a.csv")[1]

@@ -32,6 +32,15 @@ def test_where_a_setting_comes_from(words, settings):
     assert train.read_settings(words.split()) == settings
 
 
+def test_help_shows_every_setting_with_its_comment(call):
+    """It is the source of both dataclasses."""
+    status, out, _ = call(train, "--help")
+    assert status == 0
+    for key in train.SETTING_TYPES:
+        assert f"    {key}: " in out
+    assert "# K, experts chosen per token" in out
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [
