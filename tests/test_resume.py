@@ -30,7 +30,8 @@ train.main()
 """
 SIGNALLED = """
 import os, signal, train
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # pytest under nohup ignores it
+for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)  # which nohup and & let pytest ignore
 get_batch = train.get_batch
 def get_batch_and_signals(*arguments):
     if arguments[4] == {step}:
