@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NORM_EPS = 1e-5  # in every RMSNorm, x / sqrt(mean(x²) + eps) · scale
-INIT_STD = 0.02  # of a new matrix's numbers, times its init_scale if it has one (see GPT)
+INIT_STD = 0.02  # of a new matrix, times its init_scale (see GPT)
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class ModelConfig:
     top_k: int = 4  # K, experts chosen per token
     norm_topk: bool = True  # divide the K weights by their sum (never if K = 1)
     expert_dim: int = 64  # H, hidden width of an expert
-    shared_dim: int = 0  # hidden width of one more expert, for all tokens; 0 means none
-    aggregator: str = "dag"  # how the K outputs are combined: sum (the standard MoE) or dag
+    shared_dim: int = 0  # hidden width of an expert for all tokens; 0: none
+    aggregator: str = "dag"  # how the K outputs are combined: sum or dag
     dag_depth: int = 2  # L, depth of the graph
     dag_dim: int = 32  # D, width of the graph's messages
     dag_gate: str = "silu"  # σ of Eq. 9: silu or sigmoid
@@ -72,7 +72,7 @@ def pairwise(linear: nn.Linear, z: Tensor) -> Tensor:
     w1, w2 = linear.weight.chunk(2, dim=1)  # (D, D) each
     receiver = F.linear(z, w1).unsqueeze(2)  # (S, K, 1, D), index i
     sender = F.linear(z, w2).unsqueeze(1)  # (S, 1, K, D), index j
-    return receiver + sender  # Eq. 8, (S, K, K, D): [s, i, j] is the edge from node j to node i
+    return receiver + sender  # Eq. 8, (S, K, K, D): [s, i, j] is the edge j → i
 
 
 class DAGLayer(nn.Module):
@@ -91,7 +91,7 @@ class DAGLayer(nn.Module):
         # the weighted sum. It still learns: the gradient of W_up is made of the messages, which are
         # not zero. The other three matrices get a gradient as soon as W_up has left zero.
         nn.init.zeros_(self.w_up.weight)
-        self.w_up.weight.init_scale = 0.0  # GPT draws all matrices anew; this one stays zero
+        self.w_up.weight.init_scale = 0.0  # so that GPT leaves it at zero, too
 
     def edges(self, node: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the gates and messages of all edges: node (S, K, C) → e, m (S, K, K, D)."""

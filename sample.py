@@ -9,7 +9,6 @@ The checkpoint holds all that is needed: weights, shape of the model, name of th
 import argparse
 import codecs
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -109,7 +108,6 @@ def main(arguments: list[str] | None = None) -> None:
     model.load_state_dict(checkpoint["model"])
     known = find_known_ids(encoding, model.config.vocab_size).to(device)
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    start = time.perf_counter()
     for prompt in prompts or [""]:
         # As in nanoGPT, <|endoftext|> in a prompt is the token itself: a document begins after it.
         tokens = encoding.encode(prompt, allowed_special={END_OF_TEXT}, disallowed_special=())
@@ -134,7 +132,6 @@ def main(arguments: list[str] | None = None) -> None:
                     print(f"--- sample {first + i + 1} of {args.num_samples} ---")
                     write(text, decoder)
                 print()
-    print(f"{time.perf_counter() - start:.1f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":
