@@ -3,10 +3,10 @@
 A mixture-of-experts (MoE) layer has E small feed-forward networks, the experts. For every token a
 router chooses K of them, and the layer adds up their K outputs, each times a weight from the
 router. In DAG-MoE (arXiv 2606.01062 v1; "Eq. 7" is an equation there) the K outputs of a token
-first talk to each other L times, much as K tokens do in attention. What differs from attention:
+first talk to each other L times, much as K tokens do in attention. Compared with attention:
 - An edge from output j to output i has D gates, one per channel, instead of one softmax weight.
 - The message on an edge depends on both of its ends, where attention's value is the sender's alone.
-- All pairs share the same matrices. Every output hears every output; only gates tell them apart.
+- Every output hears every output, itself included, and all pairs share the same matrices.
 - There are no positions: node i is the token's i-th choice, whichever expert that is.
 
 The graph comes first, then what feeds it, then the transformer around both. They meet in MoE:
@@ -95,8 +95,8 @@ class DAGLayer(nn.Module):
 
     def edges(self, node: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the gates and messages of all edges: node (S, K, C) → e, m (S, K, K, D)."""
-        # RMSNorm divides a node by one number, its root mean square. W_down is linear, so that the
-        # division can as well come after it, where it is one of D channels instead of C.
+        # RMSNorm divides a node by its root mean square, and scales its channels. W_down is linear:
+        # the scale goes into it, and the division comes after it, on D channels instead of C.
         rms = (node.square().mean(dim=-1, keepdim=True) + NORM_EPS).sqrt()  # (S, K, 1)
         z = F.linear(node, self.w_down.weight * self.norm.weight) / rms  # Eq. 7, (S, K, D)
         e = self.sigma(pairwise(self.w_edge, z))  # Eq. 9: e[s, i, j] has D gates
