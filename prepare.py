@@ -245,9 +245,8 @@ def split_at_end(texts: Iterator, room: int) -> Pieces:
         yield split, text, ends
 
 
-def write_bins(pieces: Pieces, folder: Path, encoding: tiktoken.Encoding, workers: int) -> dict:
+def write_bins(pieces: Pieces, folder: Path, encoding, dtype: np.dtype, workers: int) -> dict:
     """Write train.bin and val.bin, with <|endoftext|> after every document, and return sizes."""
-    dtype = np.min_scalar_type(encoding.n_vocab - 1)
     counts = {split: dict(documents=0, bytes=0, tokens=0) for split in ("train", "val")}
     is_open = dict(train=False, val=False)  # whether there is text since the last end
     bar = tqdm(desc="tokenizing", unit="B", unit_scale=True)
@@ -266,7 +265,7 @@ def write_bins(pieces: Pieces, folder: Path, encoding: tiktoken.Encoding, worker
                 file.write(np.array(ids, dtype))
                 counts[split]["bytes"] += len(text.encode())
                 counts[split]["tokens"] += len(ids)
-                bar.update(len(text.encode()))
+            bar.update(counts["train"]["bytes"] + counts["val"]["bytes"] - bar.n)
     for split, count in counts.items():
         if count["bytes"] == 0:
             raise UserError(f"no text is left for {split}: give more text")
@@ -345,9 +344,10 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=DATA) as unfinished:
         new = Path(unfinished, "new")
         new.mkdir()
-        splits = write_bins(pieces, new, encoding, args.workers or os.cpu_count())
+        dtype = np.min_scalar_type(encoding.n_vocab - 1)
+        splits = write_bins(pieces, new, encoding, dtype, args.workers or os.cpu_count())
         meta = {"name": name, "encoding": encoding.name, "vocab_size": encoding.n_vocab}
-        meta |= {"dtype": np.min_scalar_type(encoding.n_vocab - 1).name, "splits": splits}
+        meta |= {"dtype": dtype.name, "splits": splits}
         (new / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
         # All is written, so data/NAME is never half a dataset.
         if (DATA / name).exists():
