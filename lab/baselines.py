@@ -11,8 +11,7 @@ is train.py, which then knows these values of the setting `aggregator`, too:
     dag_ungated   without Eq. 9: every edge is open
     dag_self      without messages: of all edges only those from a node to itself
 
-Importing this module is enough to know them. lab.cost goes by the names of parameters: what works
-on each of the K nodes is in `aggregate.layers`, and nothing but the chosen experts in `experts`.
+Whoever builds such a model calls add_baselines() first.
 """
 
 from dataclasses import replace
@@ -145,16 +144,16 @@ class OtherDAG(DAGAggregator):
         self.layers = nn.ModuleList(layer_class(config) for _ in range(config.dag_depth))
 
 
-FEED_FORWARD.update(
-    {
-        "mlp": lambda config: MoE(config, MLPMixing(config)),
-        "coe": ChainOfExperts,
-        "series": Series,
-        "dense": Dense,
-        "dag_ungated": lambda config: MoE(config, OtherDAG(config, UngatedLayer)),
-        "dag_self": lambda config: MoE(config, OtherDAG(config, SelfLayer)),
-    }
-)
+def add_baselines() -> None:
+    """Add the values above to those that model.py knows for the setting `aggregator`."""
+    FEED_FORWARD["mlp"] = lambda config: MoE(config, MLPMixing(config))
+    FEED_FORWARD["coe"] = ChainOfExperts
+    FEED_FORWARD["series"] = Series
+    FEED_FORWARD["dense"] = Dense
+    FEED_FORWARD["dag_ungated"] = lambda config: MoE(config, OtherDAG(config, UngatedLayer))
+    FEED_FORWARD["dag_self"] = lambda config: MoE(config, OtherDAG(config, SelfLayer))
+
 
 if __name__ == "__main__":
+    add_baselines()
     run(train.main)

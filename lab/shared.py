@@ -1,48 +1,49 @@
-"""What several files of lab/ need: a trained model, intervals, CSV rows, pictures."""
+"""What several files of lab/ need: intervals, rows of CSV files, pictures."""
 
 import csv
 import importlib.util
 import math
-import sys
 from pathlib import Path
 from statistics import stdev
 
-import torch
-
-import lab.baselines  # noqa: F401  a checkpoint may hold one of them
-from model import GPT, ModelConfig
 from prepare import UserError, atomic_write
-from train import load_checkpoint, make_config
 
 # Student's t: the 97.5 % quantiles for 1, 2, ... degrees of freedom.
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 STUDENT_T += (2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064)
 
 
-def load_model(path: Path, device: torch.device) -> tuple[GPT, dict]:
-    """Return the model of a checkpoint, or of a run's folder, and all else that is stored."""
-    checkpoint = load_checkpoint(path)
-    model = GPT(make_config(ModelConfig, checkpoint["model_config"])).to(device)
-    model.load_state_dict(checkpoint["model"])
-    return model, checkpoint
-
-
 def half_width(values: list[float]) -> float:
     """Return half the width of the 95 % interval around the mean of the values (Student's t).
 
-    A single value has no interval (nan), and beyond 25 values it comes out a bit too wide.
+    A single value has no interval: nan. Beyond 25 values the interval is a bit too wide.
     """
-    n = len(values)
-    if n == 1:
+    if len(values) < 2:
         return math.nan
-    quantile = STUDENT_T[min(n - 1, len(STUDENT_T)) - 1]
-    return quantile * stdev(values) / n**0.5
+    degrees_of_freedom = min(len(values) - 1, len(STUDENT_T))
+    return STUDENT_T[degrees_of_freedom - 1] * stdev(values) / len(values) ** 0.5
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV file, whose first line names the columns."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def paired_differences(ours: dict, theirs: dict) -> dict:
+    """Return ours less theirs by key, such as a seed, for every key that both have."""
+    return {key: ours[key] - theirs[key] for key in ours if key in theirs}
+
+
+def read_rows(path: Path, row_class: type) -> list:
+    """Read a CSV file, whose first line names the columns, into rows of a NamedTuple's class."""
+    rows = []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            for texts in csv.DictReader(file):
+                if None in texts.values():
+                    raise ValueError("the line is cut off")
+                types = row_class.__annotations__.items()
+                values = {name: kind(texts[name]) for name, kind in types}
+                rows.append(row_class(**values))
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+        place = f"{path}, line {len(rows) + 2}"
+        raise UserError(f"{place}, is not of a {row_class.__name__}: {error!r:.100}") from error
+    return rows
 
 
 def check_target(path: Path) -> None:
@@ -65,4 +66,4 @@ def save_png(path: Path, figure) -> None:
     """Write a figure to a file."""
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=100)
-    print(f"wrote {path}", file=sys.stderr)
+    print(f"wrote {path}")

@@ -1,8 +1,9 @@
 """A task that needs several steps in one layer, and what each way to combine experts makes of it.
 
-    python -m lab.trees                   # sum, dag, two MoEs in series: some minutes on one core
-    python -m lab.trees --full [ARM ...]  # what is missing in lab/results/trees.csv: many hours
-    python -m lab.trees --plot FILE.png   # that file as a table (--against ARM) and as a picture
+    python -m lab.trees                    # sum, dag, two MoEs in series: minutes on one core
+    python -m lab.trees --full [ARM ...]   # what is missing in lab/results/trees.csv: many hours
+    python -m lab.trees --plot FILE.png    # that file as a table (--against ARM) and as a picture
+    python -m lab.trees --page FILE.html   # trains a graph, and shows it beside a tree: minutes
 
 A tree has 2^depth leaves of V values, and at each inner node a fixed random table, V x V → V, of
 all values equally often. A model of one attention and one MoE reads a token per leaf and "=", and
@@ -11,35 +12,33 @@ answers with the value at the root.
 
 import argparse
 import csv
+import itertools
 import time
 import tomllib
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm, trange
 
+from lab.baselines import add_baselines
 from lab.cost import count_multiply_adds
-from lab.graph import read_off, shares_right
-from lab.shared import check_target, half_width, new_figure, read_rows, save_png
+from lab.graph import observe, write_page
+from lab.shared import check_target, half_width, new_figure, paired_differences, read_rows, save_png
 from model import GPT, ModelConfig, rope_table, rotate
-from prepare import UserError, run
+from prepare import run
 from train import TrainConfig, get_learning_rate, make_optimizer
+
+add_baselines()  # some arms are of these
 
 RESULTS = Path(__file__).parent / "results/trees.csv"
 ARMS = tomllib.loads((Path(__file__).parent / "configs/trees.toml").read_text(encoding="utf-8"))
-BASE = ARMS.pop("base")
-MAIN = ("sum", "sum_compute", "series", "dag2_silu", "dag2_sigmoid", "dag1_silu", "dag1_sigmoid")
-MAIN += ("mlp", "coe")
-LONG = {  # arms that are also trained for more steps
-    "sum": (40_000, 64_000),
-    "series": (40_000,),
-    "dag1_silu": (40_000,),
-    "dag2_silu": (40_000,),
-}
-RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3)  # each arm gets the one that serves it best
+SHARED_SETTINGS = ARMS.pop("base")
+PLAN = ARMS.pop("plan")  # of --full
 VALUES = 6  # V
 BATCH = 256  # trees per step
 POINTS = 20  # evaluations of a trial
@@ -47,33 +46,7 @@ TESTED = 4096  # trees in each of them
 PROBED = 12_288  # trees that read_off gets
 
 
-SUMMARY = {  # arms in README's picture: what they are called there, and how the name is placed
-    "sum": ("sum", "center"),
-    "sum_compute": ("sum, as many products", "center"),
-    "series": ("two MoEs in series", "bottom"),
-    "dag2_silu": ("dag, L = 2", "top"),
-}
-
-
-class Trial(NamedTuple):
-    """One training, a row of the CSV file: what determines it, and what became of it."""
-
-    arm: str
-    depth: int = 3  # of the tree
-    draw: int = 1  # of its tables
-    seed: int = 1  # of first weights and data
-    steps: int = 12_000
-    rate: float = 1.5e-3  # highest learning rate
-    parameters: int = 0  # of the feed-forward half
-    multiply_adds: int = 0  # of it, per token
-    seconds: float = 0.0  # CPU time of its one thread
-    accuracy: float = 0.0
-    probe: str = ""  # of a graph: shares of read_off that are right, its rows joined by |
-    curve: str = ""  # accuracies at POINTS evenly spaced steps; the last is the accuracy
-
-    def settings(self) -> tuple:
-        """Return the values that determine the trial."""
-        return self.arm, self.depth, self.draw, self.seed, self.steps, self.rate
+# -- the task --
 
 
 def make_tables(depth: int, draw: int) -> list[Tensor]:
@@ -88,9 +61,10 @@ def make_tables(depth: int, draw: int) -> list[Tensor]:
 
 
 def draw_trees(tables: list[Tensor], count: int, generator) -> tuple[Tensor, list[Tensor]]:
-    """Draw trees with random leaves: tokens (count, 2^depth + 1), the last of which is "=",
+    """Draw trees with random leaves.
 
-    and the values at each level (count, nodes), leaves first.
+    Returned are their tokens (count, 2^depth + 1), the last of which is "=", and the values at
+    each level (count, nodes), leaves first.
     """
     levels = [torch.randint(VALUES, (count, 2 * len(tables[0])), generator=generator)]
     for table in tables:
@@ -100,14 +74,7 @@ def draw_trees(tables: list[Tensor], count: int, generator) -> tuple[Tensor, lis
     n = levels[0].shape[1]
     # A leaf's token tells its place, too, so that attention can gather the leaves.
     tokens = VALUES * torch.arange(n) + levels[0]
-    return nn.functional.pad(tokens, (0, 1), value=VALUES * n), levels
-
-
-def make_model(trial: Trial) -> GPT:
-    """Make an untrained model; those of one seed share the weights of what they have in common."""
-    torch.manual_seed(trial.seed)
-    n = 2**trial.depth  # leaves
-    return GPT(ModelConfig(vocab_size=VALUES * n + 1, block_size=n + 1, **BASE | ARMS[trial.arm]))
+    return F.pad(tokens, (0, 1), value=VALUES * n), levels
 
 
 def answer(model: GPT, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,8 +103,46 @@ def answer(model: GPT, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return model.head(model.norm(h)).squeeze(1), aux
 
 
-def train_trial(trial: Trial) -> tuple[Trial, GPT, tuple]:
-    """Return the finished trial, its model, and tokens, levels and rows of read_off."""
+# -- a trial --
+
+
+class Trial(NamedTuple):
+    """One training, a row of the CSV file: what determines it, and what became of it."""
+
+    arm: str
+    depth: int = 3  # of the tree
+    draw: int = 1  # of its tables
+    seed: int = 1  # of first weights and data
+    steps: int = 12_000
+    rate: float = 1.5e-3  # highest learning rate
+    parameters: int = 0  # of the feed-forward half
+    multiply_adds: int = 0  # of it, per token
+    seconds: float = 0.0  # CPU time of its one thread
+    accuracy: float = 0.0
+    probe: str = ""  # of a graph: shares of read_off that are right, its rows joined by |
+    curve: str = ""  # accuracies at POINTS evenly spaced steps; the last is the accuracy
+
+    def settings(self) -> tuple:
+        """Return the values that determine the trial."""
+        return self.arm, self.depth, self.draw, self.seed, self.steps, self.rate
+
+
+def make_model(trial: Trial) -> GPT:
+    """Make an untrained model; those of one seed share the weights of what they have in common."""
+    torch.manual_seed(trial.seed)
+    n = 2**trial.depth  # leaves
+    settings = SHARED_SETTINGS | ARMS[trial.arm]
+    return GPT(ModelConfig(vocab_size=VALUES * n + 1, block_size=n + 1, **settings))
+
+
+def draw_test_trees(trial: Trial) -> tuple[Tensor, list[Tensor]]:
+    """Draw trees of the trial's tables: always the same ones, none of which are trained on."""
+    tables = make_tables(trial.depth, trial.draw)
+    return draw_trees(tables, PROBED, torch.Generator().manual_seed(0))
+
+
+def train_trial(trial: Trial) -> tuple[Trial, GPT]:
+    """Train the model of a trial. Returned is the trial with what became of it, and the model."""
     model = make_model(trial)
     tables = make_tables(trial.depth, trial.draw)
     generator = torch.Generator().manual_seed(1000 * trial.draw + trial.seed)
@@ -145,41 +150,39 @@ def train_trial(trial: Trial) -> tuple[Trial, GPT, tuple]:
         learning_rate=trial.rate, min_lr=trial.rate / 10, warmup_steps=200, max_steps=trial.steps
     )
     optimizer = make_optimizer(model, config.weight_decay)
-    test, right = draw_trees(tables, PROBED, torch.Generator().manual_seed(0))
+    test_tokens, test_levels = draw_test_trees(trial)
     curve = []
     started = time.process_time()
     name = f"{trial.arm}, seed {trial.seed}"
     for step in trange(trial.steps, desc=name, unit="step", mininterval=1, leave=False):
         tokens, levels = draw_trees(tables, BATCH, generator)
         logits, (balance_loss, z_loss) = answer(model, tokens)
-        loss = nn.functional.cross_entropy(logits, levels[-1].squeeze(1))
+        loss = F.cross_entropy(logits, levels[-1].squeeze(1))
         router_loss = config.balance_coef * balance_loss + config.z_coef * z_loss
         (loss + router_loss).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         for group in optimizer.param_groups:
             group["lr"] = get_learning_rate(step, config)
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) * POINTS % trial.steps < POINTS:
             with torch.no_grad():
-                logits, _ = answer(model, test[:TESTED])
-            guess = logits.argmax(dim=-1, keepdim=True)
-            curve.append((guess == right[-1][:TESTED]).float().mean().item())
+                logits, _ = answer(model, test_tokens[:TESTED])
+            is_right = logits.argmax(dim=-1, keepdim=True) == test_levels[-1][:TESTED]
+            curve.append(is_right.float().mean().item())
     seconds = round(time.process_time() - started, 1)
-    rows = []
-    if "dag" in model.config.aggregator:
-        rows = read_off(model, test, right, VALUES)
+    rows = read_off(model, test_tokens, test_levels) if "dag" in model.config.aggregator else []
     moe = model.blocks[0].moe
-    one_token = torch.zeros(1, 1, BASE["n_embd"], dtype=torch.float64)
+    one_token = torch.zeros(1, 1, model.config.n_embd)
     trial = trial._replace(
         parameters=sum(weight.numel() for weight in moe.parameters()),
         multiply_adds=count_multiply_adds(moe, one_token),
         seconds=seconds,
         accuracy=curve[-1],
         curve=join_numbers(curve),
-        probe="|".join(join_numbers(shares_right(row, right[1:])) for row in rows),
+        probe="|".join(join_numbers(shares_right(row, test_levels)) for row in rows),
     )
-    return trial, model, (test, right, rows)
+    return trial, model
 
 
 def join_numbers(numbers: list[float]) -> str:
@@ -187,18 +190,71 @@ def join_numbers(numbers: list[float]) -> str:
     return " ".join(f"{number:.4f}" for number in numbers)
 
 
-def read_trials() -> list[Trial]:
-    """Return the rows of lab/results/trees.csv, of equal trials the last."""
-    rows = read_rows(RESULTS) if RESULTS.exists() else []
-    kinds = Trial.__annotations__
-    trials = {}
-    for number, row in enumerate(rows, start=2):
-        is_whole = row.keys() == kinds.keys() and None not in row.values()
-        if not is_whole or len(row["curve"].split()) != POINTS:
-            raise UserError(f"{RESULTS}, line {number}: not a whole row; remove it")
-        trial = Trial(**{name: kind(row[name]) for name, kind in kinds.items()})
-        trials[trial.settings()] = trial
-    return list(trials.values())
+@torch.no_grad()
+def read_off(model: GPT, tokens: Tensor, levels: list[Tensor]) -> list[list[Tensor]]:
+    """Read the values of trees off the nodes that the graph has at "=", the last of tokens (S, T).
+
+    A linear map is fitted to two thirds of the trees: ridge regression to one-hot vectors. It sees
+    all K nodes at once, each in its expert's place, every feature scaled to equal deviation.
+    Returned is what it reads for the last third at each level but the leaves. There is a row for
+    the leaves themselves, one for the nodes before the graph, and one for those after each depth.
+    """
+    depths = observe(model, tokens)[0]
+    T = tokens.shape[1]
+    expert = depths[0].expert[T - 1 :: T].unsqueeze(-1)  # (S, K, 1)
+    features = [F.one_hot(levels[0], VALUES)]
+    for nodes in (depths[0].before, *(depth.after for depth in depths)):
+        node = nodes[T - 1 :: T]  # (S, K, C)
+        by_expert = node.new_zeros(len(node), model.config.n_expert, node.shape[2])
+        features.append(by_expert.scatter(1, expert.expand_as(node), node))
+    n_fit = 2 * len(tokens) // 3
+    rows = []
+    for feature in features:
+        x = feature.flatten(1).double()
+        x = x / x.std(dim=0).clamp_min(1e-12)
+        x = F.pad(x, (0, 1), value=1.0)  # the intercept
+        identity = torch.eye(x.shape[1], dtype=x.dtype)
+        gram = x[:n_fit].T @ x[:n_fit] + 1e-3 * n_fit * identity
+        row = []
+        for values in levels[1:]:
+            one_hot = F.one_hot(values, VALUES).flatten(1).double()
+            matrix = torch.linalg.solve(gram, x[:n_fit].T @ one_hot[:n_fit])
+            scores = (x[n_fit:] @ matrix).unflatten(1, (-1, VALUES))
+            row.append(scores.argmax(dim=-1))
+        rows.append(row)
+    return rows
+
+
+def shares_right(row: list[Tensor], levels: list[Tensor]) -> list[float]:
+    """Return how much is right in a row of read_off, at each level but the leaves: 1 is all."""
+    shares = []
+    for read, right in zip(row, levels[1:], strict=True):
+        shares.append((read == right[-len(read) :]).float().mean().item())
+    return shares
+
+
+# -- all trials --
+
+RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3)  # each arm gets the one that serves it best on draw 0
+
+
+def combine(arm: str, depths=(3,), draws=(1,), seeds=(1,), steps=(12_000,), rates=RATES):
+    """Return the trials of an arm with all combinations of these settings."""
+    settings = itertools.product(depths, draws, seeds, steps, rates)
+    return [Trial(arm, *values) for values in settings]
+
+
+def run_arm(arm: str) -> None:
+    """Choose an arm's rate on draw 0, and run its other trials with it."""
+    seeds = (1, 2, 3, 4, 5) if arm in PLAN["five_seeds"] else (1,)
+    run_missing(combine(arm, draws=[0], seeds=seeds[:2]))
+    better_two = rates_by_merit(arm, read_trials())[-2:]
+    run_missing(combine(arm, draws=[0], seeds=seeds[2:], rates=better_two))
+    best = [best_rate(arm, read_trials())]
+    run_missing(combine(arm, draws=[1, 2, 3, 4, 5], seeds=seeds, rates=best))
+    if arm in PLAN["more_steps"]:
+        run_missing(combine(arm, seeds=[1, 2], steps=PLAN["more_steps"][arm], rates=best))
+        run_missing(combine(arm, depths=[2, 4], seeds=[1, 2, 3], rates=best))
 
 
 def run_missing(trials: list[Trial]) -> None:
@@ -206,12 +262,15 @@ def run_missing(trials: list[Trial]) -> None:
     done = {trial.settings() for trial in read_trials()}
     missing = [trial for trial in trials if trial.settings() not in done]
     for trial in tqdm(missing, unit="trial", leave=False):
-        trial, _, _ = train_trial(trial)
+        trial, _ = train_trial(trial)
         with RESULTS.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if file.tell() == 0:
-                writer.writerow(Trial._fields)
-            writer.writerow(trial)
+            csv.writer(file, lineterminator="\n").writerow(trial)
+
+
+def read_trials() -> list[Trial]:
+    """Return the rows of lab/results/trees.csv, of equal trials the last."""
+    trials = {trial.settings(): trial for trial in read_rows(RESULTS, Trial)}
+    return list(trials.values())
 
 
 def rates_by_merit(arm: str, trials: list[Trial]) -> list[float]:
@@ -223,172 +282,182 @@ def rates_by_merit(arm: str, trials: list[Trial]) -> list[float]:
     for trial in trials:
         if trial.arm == arm and trial.draw == 0 and trial.rate in accuracies:
             accuracies[trial.rate].append(trial.accuracy)
-    return sorted(RATES, key=lambda r: (len(accuracies[r]), np.mean(accuracies[r] or [0.0])))
+    return sorted(RATES, key=lambda rate: (len(accuracies[rate]), np.mean(accuracies[rate] or 0)))
 
 
-def run_arm(arm: str) -> None:
-    """Choose an arm's rate on draw 0, and run the rest with it.
-
-    Arms of MAIN get five seeds, those of LONG more steps and other trees, too.
-    """
-    seeds = range(1, 6 if arm in MAIN else 2)
-    run_missing([Trial(arm, draw=0, seed=s, rate=rate) for rate in RATES for s in seeds[:2]])
-    better = rates_by_merit(arm, read_trials())[-2:]
-    run_missing([Trial(arm, draw=0, seed=s, rate=rate) for rate in better for s in seeds[2:]])
-    rate = rates_by_merit(arm, read_trials())[-1]
-    run_missing([Trial(arm, draw=draw, seed=s, rate=rate) for draw in range(1, 6) for s in seeds])
-    if arm in LONG:
-        steps = LONG[arm]
-        run_missing([Trial(arm, seed=s, steps=n, rate=rate) for n in steps for s in (1, 2)])
-        run_missing([Trial(arm, depth=d, seed=s, rate=rate) for d in (2, 4) for s in (1, 2, 3)])
+def best_rate(arm: str, trials: list[Trial]) -> float:
+    """Return the rate that serves the arm best."""
+    return rates_by_merit(arm, trials)[-1]
 
 
-def by_arm(trials: list[Trial], depth: int, steps: int) -> dict[str, list[Trial]]:
-    """Return the trials of this depth and steps at their arm's best rate, but those on draw 0.
+# -- the table --
 
-    Their seconds are those of the arm's fastest trial, by its time per step.
-    """
+
+def group_trials(trials: list[Trial], depth: int, steps: int) -> dict[tuple, list[Trial]]:
+    """Return the trials of this depth and steps by arm and rate, but those on draw 0."""
     groups = {}
-    for arm in ARMS:
-        rate = rates_by_merit(arm, trials)[-1]
-        group = []
-        paces = []
-        for trial in trials:
-            if (trial.arm, trial.depth) == (arm, depth):
-                paces.append(trial.seconds / trial.steps)
-                if trial.draw != 0 and (trial.steps, trial.rate) == (steps, rate):
-                    group.append(trial)
-        if group:
-            groups[arm] = [trial._replace(seconds=steps * min(paces)) for trial in group]
-    return groups
+    for trial in trials:
+        if (trial.depth, trial.steps) == (depth, steps) and trial.draw != 0:
+            groups.setdefault((trial.arm, trial.rate), []).append(trial)
+    return dict(sorted(groups.items()))
+
+
+def accuracies(trials: list[Trial]) -> dict[tuple[int, int], float]:
+    """Return the accuracies by draw and seed."""
+    return {(trial.draw, trial.seed): trial.accuracy for trial in trials}
+
+
+def means_by_draw(values: dict[tuple[int, int], float]) -> list[float]:
+    """Return the means over seeds, one for each draw, of values by draw and seed."""
+    by_draw = {}
+    for (draw, _), value in sorted(values.items()):
+        by_draw.setdefault(draw, []).append(value)
+    return [fmean(of_draw) for of_draw in by_draw.values()]
+
+
+def best_pace(arm: str, depth: int, trials: list[Trial]) -> float:
+    """Return the seconds per step of an arm's fastest trial."""
+    return min(t.seconds / t.steps for t in trials if (t.arm, t.depth) == (arm, depth))
+
+
+def mean_curve(trials: list[Trial]) -> np.ndarray:
+    """Return the mean accuracies at POINTS evenly spaced steps."""
+    return np.array([trial.curve.split() for trial in trials], dtype=float).mean(axis=0)
 
 
 def mean_probe(trials: list[Trial]) -> np.ndarray:
     """Return the shares that read_off has right, (L + 2, levels): means over one arm's trials."""
-    probes = [[row.split() for row in trial.probe.split("|")] for trial in trials]
+    probes = []
+    for trial in trials:
+        probes.append([row.split() for row in trial.probe.split("|")])
     return np.array(probes, dtype=float).mean(axis=0)
 
 
 def print_table(trials: list[Trial], against: str) -> None:
-    """Print a row per arm for each depth of the tree and number of steps, and what nodes hold.
-
-    Behind ± is half the width of a 95 % interval.
-    """
-    print("parameters, multiply-adds, rate, seconds, trials, accuracy, ", end="")
-    print(f"less {against} ± trial ± draw, ahead, by draw")
+    """Print a row for each arm and rate, and for graphs what can be read off their nodes."""
+    print("arm, parameters, multiply-adds, rate (* the arm's best), seconds of the fastest trial,")
+    print(
+        f"accuracy when the fastest {against} is done; trials, accuracy ± over trials, on the draws"
+    )
+    print(f"less {against} in equal pairs: ± over trials, ± over draws, in how many it is ahead")
     for depth, steps in sorted({(trial.depth, trial.steps) for trial in trials}):
         print(f"depth {depth}, {steps:,} steps")
-        arms = by_arm(trials, depth, steps)
-        others = {(trial.draw, trial.seed): trial.accuracy for trial in arms.get(against, [])}
-        for arm, group in arms.items():
-            print_arm(arm, group, others)
+        groups = group_trials(trials, depth, steps)
+        others = accuracies(groups.get((against, best_rate(against, trials)), []))
+        seconds_of_other = steps * best_pace(against, depth, trials)
+        for (arm, rate), group in groups.items():
+            seconds = steps * best_pace(arm, depth, trials)
+            shares_of_time = np.arange(1, POINTS + 1) / POINTS
+            then = np.interp(seconds_of_other / seconds, shares_of_time, mean_curve(group))
+            mark = "*" if rate == best_rate(arm, trials) else ""
+            print(f"{arm:16}{group[0].parameters:7,}{group[0].multiply_adds:8,}", end="")
+            print(f"{rate:8g}{mark:1}{seconds:6.0f}{then:7.3f}", end="")
+            print_accuracies(accuracies(group), others)
+            if group[0].probe:
+                shares = mean_probe(group).round(2).tolist()
+                print(f"{'':16}leaves, nodes by depth; by level:", *shares)
 
 
-def print_arm(arm: str, trials: list[Trial], others: dict[tuple[int, int], float]) -> None:
-    """Print an arm's row; others are the accuracies to compare with, by draw and seed."""
-    draws = sorted({trial.draw for trial in trials})
-    accuracies = [trial.accuracy for trial in trials]
-    by_draw = {draw: [] for draw in draws}
-    gaps_by_draw = {draw: [] for draw in draws}
-    for trial in trials:
-        by_draw[trial.draw].append(trial.accuracy)
-        if (trial.draw, trial.seed) in others:
-            gap = trial.accuracy - others[trial.draw, trial.seed]
-            gaps_by_draw[trial.draw].append(gap)
-    gaps_by_draw = {draw: gaps for draw, gaps in gaps_by_draw.items() if gaps}
-    gaps = np.array([gap for gaps in gaps_by_draw.values() for gap in gaps] or [np.nan])
-    means = [np.mean(gaps) for gaps in gaps_by_draw.values()] or [np.nan]
-    first = trials[0]
-    line = f"{arm:16}{first.parameters:7,}{first.multiply_adds:8,}{first.rate:8g}"
-    line += f"{first.seconds:6.0f}{len(trials):4}"
-    line += f"{np.mean(accuracies):8.3f} ± {half_width(accuracies):.3f}"
-    line += f"{gaps.mean():+9.3f} ± {half_width(gaps):.3f} ± {half_width(means):.3f}"
-    line += f"{(gaps > 0).sum():4}  "
-    print(line, *[np.round(np.mean(by_draw[draw]), 3) for draw in draws])
-    if first.probe:
-        shares = mean_probe(trials).round(2).tolist()
-        print(f"{'':16}leaves, nodes by depth; by level:", *shares)
+def print_accuracies(ours: dict[tuple[int, int], float], others: dict) -> None:
+    """Print the mean of accuracies, and that of their differences to others, by draw and seed."""
+    values = list(ours.values())
+    draws = " ".join(f"{mean:.3f}" for mean in means_by_draw(ours))
+    print(f"{len(values):4}{fmean(values):8.3f} ± {half_width(values):.3f}  {draws}", end="")
+    by_draw_and_seed = paired_differences(ours, others)
+    if by_draw_and_seed:
+        gaps = list(by_draw_and_seed.values())
+        over_draws = half_width(means_by_draw(by_draw_and_seed))
+        print(f"; {fmean(gaps):+.3f} ± {half_width(gaps):.3f} ± {over_draws:.3f}", end="")
+        print(f", {sum(gap > 0 for gap in gaps)} of {len(gaps)}", end="")
+    print()
+
+
+# -- the picture --
+
+NAMES = {  # arms in the picture: what they are called there, and how the name is placed
+    "sum": ("sum", "center"),
+    "sum_compute": ("sum, as many products", "center"),
+    "series": ("two MoEs in series", "bottom"),
+    "dag2_silu": ("dag, L = 2", "top"),
+}
 
 
 def draw_picture(path: Path, trials: list[Trial]) -> None:
-    """Draw accuracy against steps, compute and time, and what can be read off dag2_silu's nodes."""
-    figure = new_figure(13, 9)
-    *curves, nodes = figure.subplots(2, 2).flat
-    main_trials = [trial for trial in trials if trial.arm in MAIN]
-    for steps, line in ((12_000, "-"), (40_000, ":")):
-        for arm, group in by_arm(main_trials, 3, steps).items():
-            accuracy = np.array([trial.curve.split() for trial in group], dtype=float).mean(axis=0)
-            compute = 3e-12 * steps * BATCH * group[0].multiply_adds
-            color = f"C{MAIN.index(arm)}"
-            label = arm if line == "-" else None
-            for axis, end in zip(curves, (steps, compute, group[0].seconds), strict=True):
-                x = np.arange(1, POINTS + 1) / POINTS * end
-                axis.plot(x, accuracy, line, color=color, label=label)
-    labels = ("steps", "10¹² multiply-adds, with gradients", "seconds")
-    for axis, label in zip(curves, labels, strict=True):
-        axis.set(xlabel=label, ylabel="accuracy")
-    curves[0].legend(fontsize="small", ncols=2)
-    draw_nodes(nodes, trials)
-    save_png(path, figure)
-
-
-def draw_nodes(axis, trials: list[Trial]) -> None:
-    """Draw as a heat map what can be read off dag2_silu's nodes."""
-    shown = by_arm([trial for trial in trials if trial.arm == "dag2_silu"], 3, 12_000)
-    if shown:
-        shares = mean_probe(shown["dag2_silu"])
-        axis.imshow(shares, vmin=1 / VALUES, vmax=1, cmap="Blues", aspect="auto")
-        for (i, j), share in np.ndenumerate(shares):
-            color = "white" if share > 0.6 else "black"
-            axis.text(j, i, f"{share:.2f}", ha="center", color=color)
-    axis.set(title="values that are read off right, dag, L = 2")
-    axis.set(xticks=range(3), xticklabels=["level 1", "level 2", "root"])
-    places = ["leaves", "nodes before the graph", "after depth 1", "after depth 2"]
-    axis.set(yticks=range(4), yticklabels=places)
-
-
-def draw_summary(path: Path, trials: list[Trial]) -> None:
-    """Draw README's picture: four arms' accuracy against steps, and what nodes hold."""
+    """Draw four arms' accuracy against steps, and what can be read off the nodes of dag2_silu."""
+    groups = group_trials(trials, 3, 12_000)
     figure = new_figure(12, 4.5)
     curves, nodes = figure.subplots(1, 2)
-    arms = by_arm([trial for trial in trials if trial.arm in SUMMARY], 3, 12_000)
-    for arm, group in arms.items():
-        accuracy = np.array([trial.curve.split() for trial in group], dtype=float).mean(axis=0)
-        x = np.arange(1, POINTS + 1) / POINTS * 12_000
-        line = curves.plot(x, accuracy)[0]
-        name, place = SUMMARY[arm]
+    for arm, (name, place) in NAMES.items():
+        group = groups[arm, best_rate(arm, trials)]
+        accuracy = mean_curve(group)
+        line = curves.plot(np.arange(1, POINTS + 1) / POINTS * 12_000, accuracy)[0]
         curves.text(12_200, accuracy[-1], name, color=line.get_color(), va=place)
     curves.set(xlabel="steps", ylabel="accuracy", xlim=(0, 19_000), ylim=(0, 1))
     curves.set(xticks=range(0, 12_001, 4_000), title="mean over five draws of the tables")
-    draw_nodes(nodes, trials)
+    shares = mean_probe(groups["dag2_silu", best_rate("dag2_silu", trials)])
+    nodes.imshow(shares, vmin=1 / VALUES, vmax=1, cmap="Blues", aspect="auto")
+    for (i, j), share in np.ndenumerate(shares):
+        color = "white" if share > 0.6 else "black"
+        nodes.text(j, i, f"{share:.2f}", ha="center", color=color)
+    nodes.set(title="values that are read off right, dag, L = 2")
+    nodes.set(xticks=range(3), xticklabels=["level 1", "level 2", "root"])
+    places = ["leaves", "nodes before the graph", "after depth 1", "after depth 2"]
+    nodes.set(yticks=range(4), yticklabels=places)
     save_png(path, figure)
+
+
+# -- the page --
+
+
+def make_page(path: Path) -> None:
+    """Train dag2_silu, and show its graph at "=" beside a tree, as lab.graph shows that of a text.
+
+    It is the first tree whose root is read wrong before the graph, and right after it.
+    """
+    trial, model = train_trial(Trial("dag2_silu", rate=RATES[0]))
+    tokens, levels = draw_test_trees(trial)
+    rows = read_off(model, tokens, levels)[1:]
+    before = rows[0][-1]  # the roots that are read
+    after = rows[-1][-1]
+    root = levels[-1][-len(after) :]
+    is_example = (before != root) & (after == root)
+    i = is_example.flatten().tolist().index(True) - len(root)  # counted from the end
+    tree = {
+        # The values at each level, leaves first.
+        "values": [values[i].tolist() for values in levels],
+        # What is read off the nodes, by depth.
+        "read": [[read[i].tolist() for read in row] for row in rows],
+        # How much of that is right over all trees, by depth and level.
+        "right": [shares_right(row, levels) for row in rows],
+    }
+    texts = [*map(str, tree["values"][0]), "="]
+    write_page(path, model, tokens[i].tolist(), texts, len(texts), tree=tree)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(usage=__doc__)
     add = parser.add_argument
-    add("--full", nargs="*", choices=ARMS, metavar="ARM", help="the whole table (of these arms)")
-    add("--plot", type=Path, metavar="FILE.png", help="what has been found so far")
-    add("--summary", type=Path, metavar="FILE.png", help="the same in two panels, as in README")
+    add("--full", nargs="*", choices=ARMS, metavar="ARM", help="all trials (of these arms)")
+    add("--plot", type=Path, metavar="FILE.png", help="a table and a picture of what is there")
     add("--against", default="sum", choices=ARMS, metavar="ARM", help="compare with (default: sum)")
+    add("--page", type=Path, metavar="FILE.html", help="a trained graph beside a tree")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.plot:
-        check_target(args.plot)
-    if args.full is None and not args.plot and not args.summary:
-        for arm in ("sum", "dag2_silu", "series"):
-            trial, _, _ = train_trial(Trial(arm, steps=8_000, rate=RATES[0]))
-            print(f"{arm:12}{trial.accuracy:.3f}", flush=True)
-        return
+    for path in (args.plot, args.page):
+        if path:
+            check_target(path)
     if args.full is not None:
         for arm in args.full or ARMS:
             run_arm(arm)
-    trials = read_trials()
-    print_table(trials, args.against)
-    if args.plot:
-        draw_picture(args.plot, trials)
-    if args.summary:
-        draw_summary(args.summary, trials)
+    elif args.plot:
+        print_table(read_trials(), args.against)
+        draw_picture(args.plot, read_trials())
+    elif args.page:
+        make_page(args.page)
+    else:
+        for arm in ("sum", "dag2_silu", "series"):
+            trial, _ = train_trial(Trial(arm, steps=8_000, rate=RATES[0]))
+            print(f"{arm:12}{trial.accuracy:.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """The slow, plain versions that the fast code must equal: loops over tokens, experts and edges."""
 
-import torch
+from types import SimpleNamespace as Namespace
 
-from model import NORM_EPS, DAGAggregator, Experts, ModelConfig
+import torch
+import torch.nn.functional as F
+
+from model import GPT, NORM_EPS, DAGAggregator, Experts, ModelConfig
 
 TINY = {
     "vocab_size": 23,
@@ -42,7 +45,7 @@ def rms_norm(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return x / (mean_square + NORM_EPS).sqrt() * scale
 
 
-GATES = {"sigmoid": torch.sigmoid, "silu": torch.nn.functional.silu, "open": torch.ones_like}
+GATES = {"sigmoid": torch.sigmoid, "silu": F.silu, "open": torch.ones_like}
 
 
 def plain_dag(aggregator: DAGAggregator, gate_name: str, h, out, weight):
@@ -86,6 +89,70 @@ def plain_experts(experts: Experts, x: torch.Tensor, expert: torch.Tensor) -> to
             matrices = (experts.gate_proj[e], experts.up_proj[e], experts.down_proj[e])
             rows.append(plain_swiglu(*matrices, x[s]))
     return torch.stack(rows).view(*expert.shape, -1)
+
+
+def plain_outputs(moe, router, h, top_k):
+    """Compute the outputs of each token's experts, times their weights: (S, C) → (S, K, C)."""
+    x = rms_norm(h, moe.norm.weight)
+    weight, expert = plain_router(router.weight, x, top_k)
+    return weight.unsqueeze(-1) * plain_experts(moe.experts, x, expert)
+
+
+def plain_half(name, moe, h):
+    """Compute the second half of a block, with K = 4 and a shared expert, for h (S, C)."""
+    if name == "series":
+        return plain_half("sum", moe.second, plain_half("sum", moe, h))
+    everyones = moe.network if name == "dense" else moe.shared
+    matrices = (everyones.gate_proj[0], everyones.up_proj[0], everyones.down_proj[0])
+    shared = plain_swiglu(*matrices, rms_norm(h, moe.norm.weight))
+    if name == "dense":
+        return h + shared
+    if name == "coe":
+        h = h + shared + plain_outputs(moe, moe.router, h, 2).sum(dim=1)
+        return h + plain_outputs(moe, moe.second.router, h, 2).sum(dim=1)
+    out = plain_outputs(moe, moe.router, h, 4)
+    one = torch.ones(len(h), 4)  # in place of weights, which `out` has already
+    aggregate = moe.aggregate
+    if name == "sum":
+        return h + shared + out.sum(dim=1)
+    if name == "mlp":
+        nodes = [o + h / 4 for o in out.unbind(dim=1)]
+        w_down = aggregate.layers["w_down"].weight
+        z = [rms_norm(node, aggregate.norm.weight) @ w_down.T for node in nodes]
+        x = torch.cat(z, dim=-1) @ aggregate.w_mix.weight.T
+        return shared + sum(nodes) + F.gelu(x) @ aggregate.w_up.weight.T
+    if name == "dag_self":  # four graphs of a node each
+        for i in range(4):
+            shared = shared + plain_dag(aggregate, "silu", h / 4, out[:, [i]], one)
+        return shared
+    if name == "dag_ungated":
+        layers = [Namespace(w_edge=layer.w_node, **layer._modules) for layer in aggregate.layers]
+        return shared + plain_dag(Namespace(layers=layers), "open", h, out, one)
+    return shared + plain_dag(aggregate, "silu", h, out, one)
+
+
+def plain_cost(config: ModelConfig) -> tuple[int, int, int]:
+    """Compute by formula what lab.cost counts: parameters, active ones, multiply-adds per token.
+
+    Every matrix works once per token, and those of a graph's layers once per node.
+    """
+    with torch.device("meta"):
+        model = GPT(config)
+    parameters = 0
+    active = 0
+    # Attention multiplies queries with keys, and what comes out with values.
+    multiply_adds = 2 * config.n_layer * config.block_size * config.n_embd
+    for name, weight in model.named_parameters():
+        used = weight.numel()
+        if ".experts." in name:
+            used = used * config.top_k // config.n_expert
+        parameters += weight.numel()
+        active += used
+        is_looked_up = name == "embed.weight" and not config.tie_embeddings
+        if weight.dim() > 1 and not is_looked_up:
+            nodes = config.top_k if ".aggregate.layers." in name else 1
+            multiply_adds += used * nodes
+    return parameters, active, multiply_adds
 
 
 def assert_same(ours: dict, theirs: dict, tolerance: float) -> None:

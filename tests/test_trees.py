@@ -1,5 +1,8 @@
 """lab/trees.py: the trees, a short cut through the model, what is chosen, resumed and read off."""
 
+import csv
+import json
+import re
 from pathlib import Path
 from types import SimpleNamespace as Namespace
 
@@ -7,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lab import graph, trees
-from lab.cost import cost
+from lab import shared, trees
+from lab.cost import count
 from lab.trees import RATES, Trial
+from tests.conftest import REPOSITORY
 from tests.reference import assert_same, randomize, results_and_gradients
 
 
@@ -19,6 +23,12 @@ def small_trials(monkeypatch):
     monkeypatch.setattr(trees, "PROBED", 300)
     monkeypatch.setattr(trees, "POINTS", 4)
     monkeypatch.setattr(trees, "RESULTS", Path("trees.csv"))
+    write_trials([])
+
+
+def write_trials(trials: list[Trial]) -> None:
+    with open("trees.csv", "w") as file:
+        csv.writer(file, lineterminator="\n").writerows([Trial._fields, *trials])
 
 
 def draw_trees(count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -52,17 +62,21 @@ def test_short_cut_is_gpt_forward(arm):
 @pytest.mark.parametrize("arm", ["sum", "shared", "series"])
 def test_arms_are_fair(arm):
     """They have dag2's parameters, with _compute its multiply-adds, within 2 % of its MoE's."""
-    dag = cost(trees.make_model(Trial("dag2_silu")))
-    same = cost(trees.make_model(Trial(arm)))
-    wider = cost(trees.make_model(Trial(f"{arm}_compute")))
-    assert same["parameters"] == pytest.approx(dag["parameters"], abs=0.02 * 31_424)
-    assert wider["multiply_adds"] == pytest.approx(dag["multiply_adds"], abs=0.02 * 37_376)
+    dag = count(trees.make_model(Trial("dag2_silu")).config)
+    same = count(trees.make_model(Trial(arm)).config)
+    wider = count(trees.make_model(Trial(f"{arm}_compute")).config)
+    assert same.parameters == pytest.approx(dag.parameters, abs=0.02 * 31_424)
+    assert wider.multiply_adds == pytest.approx(dag.multiply_adds, abs=0.02 * 37_376)
 
 
-def test_one_table_is_learned():
-    """Chance would be 0.17."""
-    trial, _, _ = trees.train_trial(Trial("sum", depth=1, steps=250, rate=6e-3))
-    assert trial.accuracy > 0.9
+def test_one_table_is_learned(monkeypatch):
+    """It is tested on trees of its own: with other leaves, whose roots become random, by chance."""
+    trial = Trial("sum", depth=1, steps=250, rate=6e-3)
+    assert trees.train_trial(trial)[0].accuracy > 0.9
+    tokens, (leaves, root) = trees.draw_test_trees(trial)
+    others = (tokens, [leaves, root[torch.randperm(300)]])
+    monkeypatch.setattr(trees, "draw_test_trees", lambda trial: others)
+    assert trees.train_trial(trial)[0].accuracy < 0.4
 
 
 def test_trials_are_added_and_not_repeated():
@@ -72,10 +86,9 @@ def test_trials_are_added_and_not_repeated():
     trees.run_missing(trials)
     rows = trees.read_trials()
     assert [row.arm for row in rows] == ["sum", "dag2_silu"]
-    again = trees.train_trial(trials[1])[0]
+    again, _ = trees.train_trial(trials[1])
     assert again._replace(seconds=rows[1].seconds) == rows[1]
-    assert rows[1].parameters == 31_424
-    assert rows[1].multiply_adds == 37_376
+    assert (again.parameters, again.multiply_adds) == (31_424, 37_376)
 
 
 def test_the_best_rate_is_chosen_on_other_tables(monkeypatch):
@@ -84,34 +97,35 @@ def test_the_best_rate_is_chosen_on_other_tables(monkeypatch):
     def make_up(trial: Trial) -> tuple:
         lucky = 0.9 if trial.seed == 1 else 0.5  # 0.7 in two trials, 0.58 in five
         accuracy = {RATES[1]: 0.6, RATES[2]: lucky}.get(trial.rate, 0.1)
-        return trial._replace(accuracy=accuracy, curve="0 0 0 0"), None, None
+        return trial._replace(accuracy=accuracy if trial.draw == 0 else 1 - accuracy), None
 
     monkeypatch.setattr(trees, "train_trial", make_up)
     trees.run_arm("sum")
     rows = trees.read_trials()
     assert {row.rate for row in rows if row.draw > 0} == {RATES[1]}
     assert [row.draw for row in rows].count(0) == 14
+    assert sorted({row.steps for row in rows}) == [12_000, 40_000, 64_000]
 
 
-def test_table_and_picture(monkeypatch, call):
-    """Means, intervals over trials and draws, gaps in pairs, the fastest trial's seconds."""
-    of_sum = Trial("sum", parameters=7, multiply_adds=9, accuracy=0.1, curve="0 0 0 1")
-    dag = of_sum._replace(arm="dag2_silu", seconds=7.0, probe="0.1 0.2|0.4 0.5|1 1")
-    rows = [of_sum._replace(draw=0), dag._replace(draw=0)]  # which choose the rate
-    rows.append(of_sum._replace(seed=3, accuracy=0.3))  # has no partner
-    rows.append(dag._replace(steps=40_000, seconds=13.4))  # 4.02 in 12,000
-    for draw, seed, accuracy in ((1, 1, 0.9), (1, 2, 1.0), (2, 1, 0.5)):
-        rows.append(of_sum._replace(draw=draw, seed=seed, accuracy=0.1 * seed))
-        rows.append(dag._replace(draw=draw, seed=seed, accuracy=accuracy))
-    monkeypatch.setattr(trees, "read_trials", lambda: rows)
-    out = call(trees, "--plot=a.png")[1]
-    assert [" ".join(line.split()) for line in out.splitlines()[1:5]] == [
-        "depth 3, 12,000 steps",
-        "sum 7 9 0.0015 0 4 0.175 ± 0.152 +0.000 ± 0.000 ± 0.000 0 0.2 0.1",
-        "dag2_silu 7 9 0.0015 4 3 0.800 ± 0.657 +0.667 ± 0.574 ± 2.541 3 0.95 0.5",
-        "leaves, nodes by depth; by level: [0.1, 0.2] [0.4, 0.5] [1.0, 1.0]",
-    ]
+def test_table_has_the_reports_figures(monkeypatch, call):
+    """Rows of lab/results/trees.md, with 25 pairs, and one at a rate that is not the arm's best."""
+    monkeypatch.setattr(trees, "RESULTS", REPOSITORY / "lab/results/trees.csv")
+    monkeypatch.setattr(trees, "POINTS", 20)
+    status, out, _ = call(trees, "--plot=a.png")
+    assert status == 0
+    assert "   105  0.831  25   0.901 ± 0.067  0.989 0.992 0.998 0.935 0.590; " in out
+    assert "+0.243 ± 0.052 ± 0.151, 25 of 25" in out
+    assert re.search(r"depth 3, 64,000 steps\nsum +31,296 +15,872 0\.00075 .* 0\.921\n", out)
     assert Path("a.png").read_bytes().startswith(b"\x89PNG")
+    assert shared.half_width([0.0] * 24 + [25.0]) == pytest.approx(2.064 * 25**0.5 / 5)
+
+
+def test_intervals_are_over_trials_and_draws(capsys):
+    """A pair has the same draw and seed; of a single value there is no interval."""
+    of_sum = {(1, 1): 0.1, (1, 2): 0.2, (2, 1): 0.1, (1, 3): 0.3}
+    trees.print_accuracies({(1, 1): 0.9, (1, 2): 1.0, (2, 1): 0.5}, of_sum)
+    row = "   3   0.800 ± 0.657  0.950 0.500; +0.667 ± 0.574 ± 2.541, 3 of 3\n"
+    assert capsys.readouterr().out == row
 
 
 def test_what_is_read_off(monkeypatch):
@@ -125,11 +139,28 @@ def test_what_is_read_off(monkeypatch):
     full[8::9, 1] = F.one_hot(codes, 6).flatten(1).float()
     first = Namespace(before=empty, after=empty, expert=expert)
     second = Namespace(before=empty, after=full, expert=expert)
-    monkeypatch.setattr(graph, "observe", lambda model, tokens: [[first, second]])
-    rows = graph.read_off(Namespace(config=Namespace(n_expert=8)), tokens, levels, 6)
-    shares = [graph.shares_right(row, levels[1:]) for row in rows]
+    monkeypatch.setattr(trees, "observe", lambda model, tokens: [[first, second]])
+    rows = trees.read_off(Namespace(config=Namespace(n_expert=8)), tokens, levels)
+    shares = [trees.shares_right(row, levels) for row in rows]
     assert 0.5 < shares[0][0] < 0.7
     for row in shares[1:3]:
         assert row == pytest.approx([1 / 6] * 3, abs=0.06)
     assert shares[3][0] == 1.0
     assert shares[3][2] < 0.5
+
+
+def test_page_of_a_tree(monkeypatch, call):
+    """It has a tree of the task, and what is read off an example of it."""
+    model = randomize(trees.make_model(Trial("dag2_silu")))
+    monkeypatch.setattr(trees, "train_trial", lambda trial: (trial, model))
+    assert call(trees, "--page=tree.html")[0] == 0
+    data = json.loads(re.search("const data = (.*);\n", Path("tree.html").read_text())[1])
+    leaves, *_, root = data["tree"]["values"]
+    assert data["tokens"] == [*map(str, leaves), "="]
+    value = leaves
+    for tables in trees.make_tables(3, draw=1):
+        nodes = torch.arange(len(tables))
+        value = tables[nodes, value[0::2], value[1::2]].tolist()
+    assert value == root
+    assert data["tree"]["read"][0][-1] != root
+    assert data["tree"]["read"][-1][-1] == root
