@@ -47,9 +47,6 @@ COLUMNS_OF_ALL = ("data", "evaluated_on", "eval_tokens", "tokens", "training")
 COLUMNS_OF_AN_ARM = ("model", "learning_rate", "min_lr", "init_from")
 
 
-# -- the sweep --
-
-
 def plan_runs(folder: Path, arms: list[str], seeds: list[int], out: Path, settings: list[str]):
     """Return train.py's arguments for each run by its folder, all arms of a seed together."""
     files = {path.stem: path for path in sorted(folder.glob("*.toml"))}
@@ -146,9 +143,6 @@ def sweep(runs: dict[Path, list[str]], jobs: int) -> None:
         print("stopped; the same command goes on")
     if failed:
         raise UserError(f"failed: {', '.join(failed)}; each says why in the .log of its name")
-
-
-# -- what became of the runs --
 
 
 class Evaluation(NamedTuple):

@@ -13,6 +13,7 @@ answers with the value at the root.
 import argparse
 import csv
 import itertools
+import math
 import time
 import tomllib
 from pathlib import Path
@@ -39,14 +40,18 @@ RESULTS = Path(__file__).parent / "results/trees.csv"
 ARMS = tomllib.loads((Path(__file__).parent / "configs/trees.toml").read_text(encoding="utf-8"))
 SHARED_SETTINGS = ARMS.pop("base")
 PLAN = ARMS.pop("plan")  # of --full
+RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3)  # each arm gets the one that serves it best on draw 0
 VALUES = 6  # V
 BATCH = 256  # trees per step
 POINTS = 20  # evaluations of a trial
 TESTED = 4096  # trees in each of them
 PROBED = 12_288  # trees that read_off gets
-
-
-# -- the task --
+NAMES = {  # arms in the picture: what they are called there, and how the name is placed
+    "sum": ("sum", "center"),
+    "sum_compute": ("sum, as many products", "center"),
+    "series": ("two MoEs in series", "bottom"),
+    "dag2_silu": ("dag, L = 2", "top"),
+}
 
 
 def make_tables(depth: int, draw: int) -> list[Tensor]:
@@ -101,9 +106,6 @@ def answer(model: GPT, tokens: Tensor) -> tuple[Tensor, Tensor]:
     h = model.embed.weight[-1] + attention.o_proj(gathered)
     h, aux = block.moe(h.unsqueeze(1))
     return model.head(model.norm(h)).squeeze(1), aux
-
-
-# -- a trial --
 
 
 class Trial(NamedTuple):
@@ -233,11 +235,6 @@ def shares_right(row: list[Tensor], levels: list[Tensor]) -> list[float]:
     return shares
 
 
-# -- all trials --
-
-RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3)  # each arm gets the one that serves it best on draw 0
-
-
 def combine(arm: str, depths=(3,), draws=(1,), seeds=(1,), steps=(12_000,), rates=RATES):
     """Return the trials of an arm with all combinations of these settings."""
     settings = itertools.product(depths, draws, seeds, steps, rates)
@@ -290,9 +287,6 @@ def best_rate(arm: str, trials: list[Trial]) -> float:
     return rates_by_merit(arm, trials)[-1]
 
 
-# -- the table --
-
-
 def group_trials(trials: list[Trial], depth: int, steps: int) -> dict[tuple, list[Trial]]:
     """Return the trials of this depth and steps by arm and rate, but those on draw 0."""
     groups = {}
@@ -316,8 +310,9 @@ def means_by_draw(values: dict[tuple[int, int], float]) -> list[float]:
 
 
 def best_pace(arm: str, depth: int, trials: list[Trial]) -> float:
-    """Return the seconds per step of an arm's fastest trial."""
-    return min(t.seconds / t.steps for t in trials if (t.arm, t.depth) == (arm, depth))
+    """Return the seconds per step of an arm's fastest trial, nan if there is none."""
+    paces = [t.seconds / t.steps for t in trials if (t.arm, t.depth) == (arm, depth)]
+    return min(paces, default=math.nan)
 
 
 def mean_curve(trials: list[Trial]) -> np.ndarray:
@@ -336,9 +331,7 @@ def mean_probe(trials: list[Trial]) -> np.ndarray:
 def print_table(trials: list[Trial], against: str) -> None:
     """Print a row for each arm and rate, and for graphs what can be read off their nodes."""
     print("arm, parameters, multiply-adds, rate (* the arm's best), seconds of the fastest trial,")
-    print(
-        f"accuracy when the fastest {against} is done; trials, accuracy ± over trials, on the draws"
-    )
+    print(f"accuracy when {against} is done; trials, accuracy ± over trials, means on the draws;")
     print(f"less {against} in equal pairs: ± over trials, ± over draws, in how many it is ahead")
     for depth, steps in sorted({(trial.depth, trial.steps) for trial in trials}):
         print(f"depth {depth}, {steps:,} steps")
@@ -372,16 +365,6 @@ def print_accuracies(ours: dict[tuple[int, int], float], others: dict) -> None:
     print()
 
 
-# -- the picture --
-
-NAMES = {  # arms in the picture: what they are called there, and how the name is placed
-    "sum": ("sum", "center"),
-    "sum_compute": ("sum, as many products", "center"),
-    "series": ("two MoEs in series", "bottom"),
-    "dag2_silu": ("dag, L = 2", "top"),
-}
-
-
 def draw_picture(path: Path, trials: list[Trial]) -> None:
     """Draw four arms' accuracy against steps, and what can be read off the nodes of dag2_silu."""
     groups = group_trials(trials, 3, 12_000)
@@ -404,9 +387,6 @@ def draw_picture(path: Path, trials: list[Trial]) -> None:
     places = ["leaves", "nodes before the graph", "after depth 1", "after depth 2"]
     nodes.set(yticks=range(4), yticklabels=places)
     save_png(path, figure)
-
-
-# -- the page --
 
 
 def make_page(path: Path) -> None:
