@@ -119,7 +119,7 @@ class Trial(NamedTuple):
     rate: float = 1.5e-3  # highest learning rate
     parameters: int = 0  # of the feed-forward half
     multiply_adds: int = 0  # of it, per token
-    seconds: float = 0.0  # CPU time of its one thread
+    seconds: float = 0.0  # CPU time of its one thread; nan if on a machine unlike the others'
     accuracy: float = 0.0
     probe: str = ""  # of a graph: shares of read_off that are right, its rows joined by |
     curve: str = ""  # accuracies at POINTS evenly spaced steps; the last is the accuracy
@@ -310,9 +310,9 @@ def means_by_draw(values: dict[tuple[int, int], float]) -> list[float]:
 
 
 def best_pace(arm: str, depth: int, trials: list[Trial]) -> float:
-    """Return the seconds per step of an arm's fastest trial, nan if there is none."""
+    """Return the seconds per step of an arm's fastest trial, nan if none was timed."""
     paces = [t.seconds / t.steps for t in trials if (t.arm, t.depth) == (arm, depth)]
-    return min(paces, default=math.nan)
+    return min([pace for pace in paces if not math.isnan(pace)], default=math.nan)
 
 
 def mean_curve(trials: list[Trial]) -> np.ndarray:
