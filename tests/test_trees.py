@@ -79,6 +79,30 @@ def test_one_table_is_learned(monkeypatch):
     assert trees.train_trial(trial)[0].accuracy < 0.4
 
 
+def test_a_trial_is_a_plain_loop():
+    """Its own stream of trees, warm-up, router losses and clipping give the same weights."""
+    trial = Trial("dag2_silu", draw=2, seed=3, steps=4, rate=0.5)
+    model = trees.make_model(trial)
+    norms = [weight for weight in model.parameters() if weight.dim() == 1]
+    others = [weight for weight in model.parameters() if weight.dim() > 1]
+    groups = [{"params": others, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    generator = torch.Generator().manual_seed(2003)
+    for step in range(4):
+        tokens, levels = trees.draw_trees(trees.make_tables(3, draw=2), 256, generator)
+        logits, aux = trees.answer(model, tokens)
+        loss = F.cross_entropy(logits, levels[-1][:, 0]) + aux @ torch.tensor([0.01, 0.001])
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        norm = sum(gradient.square().sum() for gradient in gradients).sqrt()
+        for weight, gradient in zip(model.parameters(), gradients, strict=True):
+            weight.grad = gradient / max(1.0, norm.item())
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5 * (step + 1) / 200
+        optimizer.step()
+    ours = dict(trees.train_trial(trial)[1].named_parameters())
+    assert_same(ours, dict(model.named_parameters()), 1e-4)
+
+
 def test_trials_are_added_and_not_repeated():
     """A row of the file is what training returns, each time."""
     trials = [Trial(arm, steps=20) for arm in ("sum", "dag2_silu")]
@@ -100,8 +124,9 @@ def test_the_best_rate_is_chosen_on_other_tables(monkeypatch):
         return trial._replace(accuracy=accuracy if trial.draw == 0 else 1 - accuracy), None
 
     monkeypatch.setattr(trees, "train_trial", make_up)
+    write_trials([Trial("sum", seed=seed, rate=RATES[0], accuracy=1.0) for seed in range(6, 12)])
     trees.run_arm("sum")
-    rows = trees.read_trials()
+    rows = trees.read_trials()[6:]
     assert {row.rate for row in rows if row.draw > 0} == {RATES[1]}
     assert [row.draw for row in rows].count(0) == 14
     assert sorted({row.steps for row in rows}) == [12_000, 40_000, 64_000]
@@ -118,6 +143,11 @@ def test_table_has_the_reports_figures(monkeypatch, call):
     assert re.search(r"depth 3, 64,000 steps\nsum +31,296 +15,872 0\.00075 .* 0\.921\n", out)
     assert Path("a.png").read_bytes().startswith(b"\x89PNG")
     assert shared.half_width([0.0] * 24 + [25.0]) == pytest.approx(2.064 * 25**0.5 / 5)
+
+
+def test_a_cut_line_is_named(refused):
+    Path("trees.csv").write_text(f"{','.join(Trial._fields)}\nsum,3,1,1,12000,0.0015,31296\n")
+    refused("trees.csv, line 2,", trees, "--plot=a.png")
 
 
 def test_intervals_are_over_trials_and_draws(capsys):
