@@ -25,7 +25,6 @@ import train
 from model import (
     FEED_FORWARD,
     NORM_EPS,
-    DAGAggregator,
     DAGLayer,
     Experts,
     ModelConfig,
@@ -65,7 +64,7 @@ class MLPMixing(nn.Module):
 
 
 class Series(MoE):
-    """Two MoEs are the plain way to do two steps between two attentions:
+    """Two MoEs in series, with no attention between them, are the plain way to do two steps:
 
     h¹ = h + Σ g E(norm(h)), h' = h¹ + Σ g' E'(norm'(h¹)).
     """
@@ -97,7 +96,7 @@ class ChainOfExperts(Series):
 
 
 class Dense(nn.Module):
-    """One SwiGLU, without a choice, has the multiply-adds of K experts and of the shared one."""
+    """A single SwiGLU has the multiply-adds of the K chosen experts and of the shared one."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -136,12 +135,11 @@ class SelfLayer(DAGLayer):
         return e * itself, m * itself
 
 
-class OtherDAG(DAGAggregator):
-    """The graph with another kind of layer."""
-
-    def __init__(self, config: ModelConfig, layer_class: type[DAGLayer]):
-        super().__init__(config)
-        self.layers = nn.ModuleList(layer_class(config) for _ in range(config.dag_depth))
+def change_layers(config: ModelConfig, layer_class: type[DAGLayer]) -> MoE:
+    """Make a DAG-MoE with another kind of layer in its graph."""
+    moe = FEED_FORWARD["dag"](config)
+    moe.aggregate.layers = nn.ModuleList(layer_class(config) for _ in range(config.dag_depth))
+    return moe
 
 
 def add_baselines() -> None:
@@ -150,8 +148,8 @@ def add_baselines() -> None:
     FEED_FORWARD["coe"] = ChainOfExperts
     FEED_FORWARD["series"] = Series
     FEED_FORWARD["dense"] = Dense
-    FEED_FORWARD["dag_ungated"] = lambda config: MoE(config, OtherDAG(config, UngatedLayer))
-    FEED_FORWARD["dag_self"] = lambda config: MoE(config, OtherDAG(config, SelfLayer))
+    FEED_FORWARD["dag_ungated"] = lambda config: change_layers(config, UngatedLayer)
+    FEED_FORWARD["dag_self"] = lambda config: change_layers(config, SelfLayer)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train the arms of a comparison with several seeds, and say what became of them.
+"""Train the arms of a comparison with several seeds, and compare their losses.
 
     python -m lab.compare sweep lab/configs/ablation --seeds 1 2 --jobs 2  # whatever is missing
     python -m lab.compare table out/ablation         # a row per arm: loss, difference to sum, cost
@@ -49,19 +49,17 @@ COLUMNS_OF_AN_ARM = ("model", "learning_rate", "min_lr", "init_from")
 
 def plan_runs(folder: Path, arms: list[str], seeds: list[int], out: Path, settings: list[str]):
     """Return train.py's arguments for each run by its folder, all arms of a seed together."""
-    files = {path.stem: path for path in sorted(folder.glob("*.toml"))}
-    for name in ["base", *arms]:
-        if name not in files:
-            raise UserError(f"there is no {folder / name}.toml")
     for setting in settings:
         if setting.split("=")[0] in ("--seed", "--out_dir", "--resume"):
             raise UserError(f"{setting}: the sweep sets that itself; see --seeds and --out")
-    base = files.pop("base")
+    arms = arms or sorted(path.stem for path in folder.glob("*.toml") if path.stem != "base")
     runs = {}
-    for seed, arm in itertools.product(seeds, arms or files):
+    for seed, arm in itertools.product(seeds, arms):
         out_dir = out / f"{arm}-{seed}"
-        own = [f"--seed={seed}", f"--out_dir={out_dir}"]
-        runs[out_dir] = [str(base), str(files[arm]), *settings, *own]
+        files = [f"{folder}/base.toml", f"{folder}/{arm}.toml"]
+        runs[out_dir] = [*files, *settings, f"--seed={seed}", f"--out_dir={out_dir}"]
+    if not runs:
+        raise UserError(f"{folder} has no arms: base.toml, and a .toml file for each of them")
     return runs
 
 
@@ -79,6 +77,8 @@ def is_finished(out_dir: Path, arguments: list[str]) -> bool:
         settings = load_checkpoint(Path(config.init_from))["model_config"] | settings
     model_config = make_config(ModelConfig, {"vocab_size": meta["vocab_size"]} | settings)
     checkpoint = load_checkpoint(out_dir / "ckpt.pt")
+    if checkpoint["data"] != meta:
+        raise UserError(f"{config.dataset} has changed since {out_dir} was saved")
     stored = checkpoint["train_config"] | checkpoint["model_config"]
     for key, value in (asdict(config) | asdict(model_config)).items():
         if key not in SETTINGS_OF_THE_MACHINE and stored[key] != value:
@@ -97,8 +97,8 @@ def start(out_dir: Path, arguments: list[str], jobs: int) -> subprocess.Popen:
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{out_dir}.log", "ab") as log:
         try:
-            # The training inherits the open file, and the lock with it: were this sweep killed,
-            # the next one would find the log locked for as long as the training lives.
+            # The training inherits the open file, and the lock with it: if this sweep is killed,
+            # the next one still finds the log locked until the training ends.
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{out_dir} is being trained already, wait for it") from None
@@ -152,7 +152,7 @@ class Evaluation(NamedTuple):
     seed: int
     data: str  # beginning of the checksum of the training tokens
     evaluated_on: str  # the same of the validation tokens
-    eval_tokens: int  # how many of them, about
+    eval_tokens: int  # how many of these are read, roughly
     tokens: int  # that the run is to be trained on in all
     training: str  # checksum of all other settings of the training
     model: str  # checksum of the model's settings
@@ -188,7 +188,6 @@ def read_run(out_dir: Path) -> list[Evaluation]:
         del training[key]
     splits = checkpoint["data"]["splits"]
     step_tokens = config.grad_accum * config.batch_size * model_config.block_size
-    cost = count(model_config)
     evaluations = []
     for row in checkpoint["log"]:
         evaluation = Evaluation(
@@ -200,9 +199,7 @@ def read_run(out_dir: Path) -> list[Evaluation]:
             tokens=config.max_steps * step_tokens,
             training=checksum(training),
             model=checksum(asdict(model_config)),
-            parameters=cost.parameters,
-            active=cost.active,
-            multiply_adds=cost.multiply_adds,
+            **count(model_config)._asdict(),  # parameters, active, multiply_adds
             learning_rate=config.learning_rate,
             min_lr=config.min_lr,
             init_from=config.init_from,
@@ -218,12 +215,12 @@ def collect_runs(paths: list[Path]) -> Runs:
     """Return the evaluations of all runs in folders of runs and in CSV files, if comparable."""
     evaluations = []
     for path in paths:
-        found = read_rows(path, Evaluation) if path.is_file() else []
+        rows_of_path = read_rows(path, Evaluation) if path.is_file() else []
         for checkpoint in path.glob("*/ckpt.pt"):
-            found += read_run(checkpoint.parent)
-        if not found:
+            rows_of_path += read_run(checkpoint.parent)
+        if not rows_of_path:
             raise UserError(f"{path} holds no runs of a sweep")
-        evaluations += found
+        evaluations += rows_of_path
     evaluations.sort(key=lambda row: (row.arm, row.seed, row.at_token))
     runs = {}
     first_of_arm = {}
@@ -247,7 +244,7 @@ def check_comparable(row: Evaluation, other: Evaluation, columns: tuple[str, ...
 
 
 class Arm(NamedTuple):
-    """What became of an arm, beside another one: of all seeds with which both have finished."""
+    """An arm compared with another one, over the seeds that both have finished."""
 
     last: Evaluation  # of its first seed
     differences: list[float]  # its loss less the other's with the same seed
@@ -257,17 +254,13 @@ class Arm(NamedTuple):
     tokens_per_s: float  # median of all stretches of all seeds
 
 
-def is_complete(rows: list[Evaluation]) -> bool:
-    """Say whether a run has been evaluated after its last token."""
-    return len(rows) > 0 and rows[-1].at_token == rows[-1].tokens
-
-
 def summarize(runs: Runs, against: str) -> dict[str, Arm]:
     """Return what became of each arm, the best one first."""
+    finished = {key for key, rows in runs.items() if rows[-1].at_token == rows[-1].tokens}
     by_arm = {}
-    for (arm, seed), rows in runs.items():
-        if is_complete(rows) and is_complete(runs.get((against, seed), [])):
-            by_arm.setdefault(arm, {})[seed] = rows
+    for arm, seed in runs:
+        if (arm, seed) in finished and (against, seed) in finished:
+            by_arm.setdefault(arm, {})[seed] = runs[arm, seed]
         else:
             print(f"left out: {arm}-{seed}, because it or {against}-{seed} is not finished")
     if against not in by_arm:
@@ -298,30 +291,32 @@ def print_table(runs: Runs, against: str) -> None:
     """Print a row per arm."""
     arms = summarize(runs, against)
     other = arms[against]
-    seconds = other.last.tokens / max(arm.tokens_per_s for arm in arms.values())
+    speeds = [arm.tokens_per_s for arm in arms.values() if arm.tokens_per_s > 0]
+    seconds = other.last.tokens / max(speeds, default=math.nan)
     print(f"trained on {other.last.tokens:,} tokens ({other.last.data}), ", end="")
     print(f"evaluated on about {other.last.eval_tokens:,} ({other.last.evaluated_on})")
     print(f"loss in nats per token; difference to {against} with the same seed: ", end="")
     print("mean and 95 % interval")
-    print(f"after {seconds:.0f} s the fastest arm is done, and slower ones are in mid-schedule")
+    print(f"after {seconds:.0f} s (nan: not measured) the fastest arm is done, ", end="")
+    print("and slower ones are in mid-schedule")
     print(f"{'parameters':>28}{'multiply-adds':>15}{'×':>6}{'rate':>8}{'seeds':>7}", end="")
     print(f"{'loss':>9}{'difference':>30}{f'at {seconds:.0f} s':>11}{'tokens/s':>10}{'×':>6}")
     for name, arm in arms.items():
         relative = arm.last.multiply_adds / other.last.multiply_adds
         tokens, losses = zip(*arm.curve, strict=True)
-        loss_then = np.interp(seconds * arm.tokens_per_s, tokens, losses)
+        loss_at_equal_time = np.interp(seconds * arm.tokens_per_s, tokens, losses)
         low = arm.mean - arm.half_width
         high = arm.mean + arm.half_width
         difference = f"{arm.mean:+.4f} ({low:+.4f} to {high:+.4f})"
         print(f"{name:16}{arm.last.parameters:12,}{arm.last.multiply_adds:15,}", end="")
         print(f"{relative:6.2f}{arm.last.learning_rate:8g}{len(arm.differences):7}", end="")
-        print(f"{losses[-1]:9.4f}{difference:>30}{loss_then:11.4f}", end="")
+        print(f"{losses[-1]:9.4f}{difference:>30}{loss_at_equal_time:11.4f}", end="")
         print(f"{arm.tokens_per_s:10,.0f}{arm.tokens_per_s / other.tokens_per_s:6.2f}")
 
 
 def draw(path: Path, runs: Runs, against: str) -> None:
     """Draw differences with their intervals, and the losses against tokens, compute and time."""
-    check_target(path)
+    check_target(path, ".png")
     arms = summarize(runs, against)
     figure = new_figure(13, 9)
     differences, *curves = figure.subplots(2, 2).flat
@@ -350,7 +345,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(usage=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, prog="python -m lab.compare")
     add = commands.add_parser("sweep", allow_abbrev=False).add_argument
-    add("folder", type=Path, help="of base.toml and a file per arm; then settings of train.py")
+    add("folder", type=Path, help="of base.toml and a file per arm; settings of train.py follow")
     add("--arms", nargs="+", default=[], metavar="ARM", help="only these (default: all)")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5], help="(default: 1 2 3 4 5)")
     add("--jobs", type=int, default=1, help="trainings at once, which share cores (default: 1)")
@@ -367,7 +362,7 @@ def main() -> None:
         if args.jobs < 1:
             raise UserError(f"--jobs must be at least 1, got {args.jobs}")
         out = args.out or Path("out", args.folder.resolve().name)
-        runs = plan_runs(args.folder, args.arms, args.seeds, out, settings)
+        runs = plan_runs(args.folder, args.arms, args.seeds, out.expanduser(), settings)
         sweep(runs, args.jobs)
         return
     if settings:
@@ -376,6 +371,8 @@ def main() -> None:
     if args.command == "plot":
         draw(args.png, runs, args.against)
     else:
+        if args.csv:
+            check_target(args.csv, ".csv")
         print_table(runs, args.against)
         if args.csv:
             with atomic_write(args.csv, "w") as file:

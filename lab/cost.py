@@ -5,7 +5,8 @@
     python -m lab.cost layer configs/quickstart.toml   # steps of one MoE layer alone
 
 The eight versions combine experts in different ways and have everything else in common. Settings
-are those of train.py, for instance --batch_size=4 or --compile. No dataset has to be prepared.
+are those of train.py, for instance --batch_size=4 or --compile. No dataset has to be prepared; for
+one of your own in bytes, add --vocab_size=257.
 """
 
 import argparse
@@ -79,13 +80,15 @@ def read_configs(arguments: list[str]) -> tuple[ModelConfig, train.TrainConfig]:
     return train.make_config(ModelConfig, settings), config
 
 
-def print_table(paths: list[str]) -> None:
+def print_table(arguments: list[str]) -> None:
     """Print the sizes and costs of config files, as README has them."""
+    settings = [word for word in arguments if word.startswith("--")]
+    paths = [word for word in arguments if word not in settings]
     print("| config | n_layer | C | K | E | D | L ", end="")
     print("| parameters | active per token | products per token | the graph's |")
     print("|" + "---|" * 11)
     for path in sorted(paths):
-        config, _ = read_configs([path])
+        config, _ = read_configs([path, *settings])
         cost = count(config)
         without_graph = count(replace(config, aggregator="sum"))
         share = 1 - without_graph.multiply_adds / cost.multiply_adds
@@ -96,7 +99,7 @@ def print_table(paths: list[str]) -> None:
 
 
 def make_step(module: nn.Module, x: Tensor, config: train.TrainConfig) -> Callable[[], None]:
-    """Make a function that trains a GPT on token ids x (B, T), or an MoE alone on x (B, T, C)."""
+    """Make a function that takes a training step: of a GPT on ids x (B, T), an MoE on (B, T, C)."""
     optimizer = train.make_optimizer(module, config.weight_decay)
     network = torch.compile(module) if config.compile else module
 
@@ -128,7 +131,8 @@ def measure(what: str, arguments: list[str], repeats: int) -> None:
     base = replace(base, shared_dim=0)
     versions = {}
     for aggregator in ("sum", "series", "mlp", "dense", "coe"):
-        versions[aggregator] = replace(base, aggregator=aggregator)
+        if aggregator != "coe" or base.top_k % 2 == 0:  # it has two rounds
+            versions[aggregator] = replace(base, aggregator=aggregator)
     versions["shared"] = replace(base, aggregator="sum", shared_dim=base.n_embd // 2)
     versions["dag L=1"] = replace(base, aggregator="dag", dag_depth=1)
     versions["dag L=2"] = replace(base, aggregator="dag", dag_depth=2)
@@ -163,11 +167,11 @@ def measure(what: str, arguments: list[str], repeats: int) -> None:
         # A machine may be slower in a minute, so ratios are taken within a round.
         ratios = seconds[name] / seconds["sum"]
         spread = f"{np.median(ratios):.2f} ({ratios.min():.2f}-{ratios.max():.2f})"
-        middle = np.median(seconds[name])
-        speed = config.batch_size * base.block_size / middle
+        median_seconds = np.median(seconds[name])
+        speed = config.batch_size * base.block_size / median_seconds
         # Backward, each product has two more, for the gradients of its two factors.
         share = 3 * products * speed / peak
-        print(f"{1e3 * middle:9.1f}{spread:>20}{speed:10,.0f}{share:8.0%}")
+        print(f"{1e3 * median_seconds:9.1f}{spread:>20}{speed:10,.0f}{share:8.0%}")
 
 
 def main() -> None:

@@ -54,7 +54,7 @@ class Depth(NamedTuple):
     share: Tensor  # (S, K, K) ‖m_ij‖ / Σ_j ‖m_ij‖: how much of what i receives comes from j
     before: Tensor  # (S, K, C) the nodes
     after: Tensor  # (S, K, C) the nodes of the next depth
-    beyond: Tensor  # (S) ‖h' - h - Σ_i g_i E_i(x)‖ / ‖h' - h‖ of the whole layer
+    beyond: Tensor  # (S) ‖h' - h - Σ_i g_i E_i(x)‖ / ‖h' - h‖ of the layer, for all depths the same
 
 
 @torch.no_grad()
@@ -99,9 +99,7 @@ def describe_layer(moe: MoE, calls: dict) -> list[Depth]:
 
 def make_page(args: argparse.Namespace) -> None:
     """Continue a prompt, as sample.py does, and write the page of the whole text."""
-    if args.page.suffix != ".html":  # it might be a checkpoint, which would be lost
-        raise UserError(f"the page must be a file that ends in .html, not {args.page}")
-    check_target(args.page)
+    check_target(args.page, ".html")
     device = choose_device(args.device)
     model, checkpoint = load_model(args.path, device)
     encoding = get_encoding(checkpoint["data"]["encoding"])
@@ -161,6 +159,8 @@ def round_all(x: Tensor) -> list:
 
 def show_statistics(args: argparse.Namespace) -> None:
     """Print a row of statistics for each layer and depth, over a validation split."""
+    if args.tokens < 1:
+        raise UserError(f"--tokens must be at least 1, got {args.tokens}")
     device = choose_device(args.device)
     model, checkpoint = load_model(args.path, device)
     meta, _, tokens = open_dataset(args.dataset)
@@ -192,13 +192,13 @@ def compute_statistics(model: GPT, tokens: np.ndarray, n_tokens: int) -> Tensor:
         for i, depths in enumerate(layers):
             for d, depth in enumerate(depths):
                 # The last batch may be smaller, and then counts for less.
-                means[i, d] += measure(depth) * len(windows) / n_windows
+                means[i, d] += mean_statistics(depth) * len(windows) / n_windows
     variance = means[..., 1] - means[..., 0] ** 2  # of the gates
     means[..., 1] = variance.clamp_min(0.0).sqrt()
     return means
 
 
-def measure(depth: Depth) -> Tensor:
+def mean_statistics(depth: Depth) -> Tensor:
     """Return means over a batch: gate, gate², cosine of two nodes, beyond; (4) in float64."""
     K = depth.gate.shape[1]
     different = ~torch.eye(K, dtype=torch.bool, device=depth.gate.device)

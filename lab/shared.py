@@ -33,24 +33,22 @@ def read_rows(path: Path, row_class: type) -> list:
     """Read a CSV file, whose first line names the columns, into rows of a NamedTuple's class."""
     rows = []
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            for texts in csv.DictReader(file):
-                if None in texts.values():
-                    raise ValueError("the line is cut off")
-                types = row_class.__annotations__.items()
-                values = {name: kind(texts[name]) for name, kind in types}
-                rows.append(row_class(**values))
+        text = path.read_text(encoding="utf-8")
+        if not text.endswith("\n"):
+            raise ValueError("the last line is cut off")
+        for words in csv.DictReader(text.splitlines()):
+            types = row_class.__annotations__.items()
+            rows.append(row_class(**{name: kind(words[name]) for name, kind in types}))
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         place = f"{path}, line {len(rows) + 2}"
-        raise UserError(f"{place}, is not of a {row_class.__name__}: {error!r:.100}") from error
+        raise UserError(f"{place}: not a row of {row_class.__name__} ({error!r:.100})") from error
     return rows
 
 
-def check_target(path: Path) -> None:
-    """Raise a UserError if no file can be written there: before the work, not after it."""
-    is_something_else = path.exists() and not path.is_file()  # a folder, a device
-    if is_something_else or not path.parent.is_dir():
-        raise UserError(f"{path} must be a file in a folder that exists")
+def check_target(path: Path, suffix: str) -> None:
+    """Raise a UserError, before the work, if the path is not one for such a file in a folder."""
+    if path.suffix != suffix or path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"{path} must be a {suffix} file in a folder that exists")
 
 
 def new_figure(width: float, height: float):

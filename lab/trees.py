@@ -2,7 +2,7 @@
 
     python -m lab.trees                    # sum, dag, two MoEs in series: minutes on one core
     python -m lab.trees --full [ARM ...]   # what is missing in lab/results/trees.csv: many hours
-    python -m lab.trees --plot FILE.png    # that file as a table (--against ARM) and as a picture
+    python -m lab.trees --plot FILE.png    # the results: a table (--against ARM), and a picture
     python -m lab.trees --page FILE.html   # trains a graph, and shows it beside a tree: minutes
 
 A tree has 2^depth leaves of V values, and at each inner node a fixed random table, V x V → V, of
@@ -85,9 +85,9 @@ def draw_trees(tables: list[Tensor], count: int, generator) -> tuple[Tensor, lis
 def answer(model: GPT, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the logits (B, vocab_size) at the last of tokens (B, T), and its router's aux (2).
 
-    The logits are those of GPT.forward, in a sixth of the time: only the last token goes through
-    the MoE; and as a token has one place, and "=" is always the last, one query is enough, and one
-    key and value for each token of the vocabulary.
+    The logits are those of GPT.forward, in a sixth of the time. Only the last token goes through
+    the MoE. And as each token has one place only, one key and value per token of the vocabulary
+    will do, and the query of "=".
     """
     block = model.blocks[0]
     attention = block.attention
@@ -261,11 +261,16 @@ def run_missing(trials: list[Trial]) -> None:
     for trial in tqdm(missing, unit="trial", leave=False):
         trial, _ = train_trial(trial)
         with RESULTS.open("a", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerow(trial)
+            writer = csv.writer(file, lineterminator="\n")
+            if file.tell() == 0:
+                writer.writerow(Trial._fields)
+            writer.writerow(trial)
 
 
 def read_trials() -> list[Trial]:
     """Return the rows of lab/results/trees.csv, of equal trials the last."""
+    if not RESULTS.exists():
+        return []
     trials = {trial.settings(): trial for trial in read_rows(RESULTS, Trial)}
     return list(trials.values())
 
@@ -273,13 +278,13 @@ def read_trials() -> list[Trial]:
 def rates_by_merit(arm: str, trials: list[Trial]) -> list[float]:
     """Return all rates, the best last, as the arm's trials on draw 0 have it.
 
-    A rate with more of them is better, because only the better two get more than two.
+    A rate with more trials is better: only the two that were best in two trials get three more.
     """
-    accuracies = {rate: [] for rate in RATES}
+    by_rate = {rate: [] for rate in RATES}
     for trial in trials:
-        if trial.arm == arm and trial.draw == 0 and trial.rate in accuracies:
-            accuracies[trial.rate].append(trial.accuracy)
-    return sorted(RATES, key=lambda rate: (len(accuracies[rate]), np.mean(accuracies[rate] or 0)))
+        if trial.arm == arm and trial.draw == 0 and trial.rate in by_rate:
+            by_rate[trial.rate].append(trial.accuracy)
+    return sorted(RATES, key=lambda rate: (len(by_rate[rate]), np.mean(by_rate[rate] or 0)))
 
 
 def best_rate(arm: str, trials: list[Trial]) -> float:
@@ -341,10 +346,10 @@ def print_table(trials: list[Trial], against: str) -> None:
         for (arm, rate), group in groups.items():
             seconds = steps * best_pace(arm, depth, trials)
             shares_of_time = np.arange(1, POINTS + 1) / POINTS
-            then = np.interp(seconds_of_other / seconds, shares_of_time, mean_curve(group))
+            at_equal_time = np.interp(seconds_of_other / seconds, shares_of_time, mean_curve(group))
             mark = "*" if rate == best_rate(arm, trials) else ""
             print(f"{arm:16}{group[0].parameters:7,}{group[0].multiply_adds:8,}", end="")
-            print(f"{rate:8g}{mark:1}{seconds:6.0f}{then:7.3f}", end="")
+            print(f"{rate:8g}{mark:1}{seconds:6.0f}{at_equal_time:7.3f}", end="")
             print_accuracies(accuracies(group), others)
             if group[0].probe:
                 shares = mean_probe(group).round(2).tolist()
@@ -371,7 +376,9 @@ def draw_picture(path: Path, trials: list[Trial]) -> None:
     figure = new_figure(12, 4.5)
     curves, nodes = figure.subplots(1, 2)
     for arm, (name, place) in NAMES.items():
-        group = groups[arm, best_rate(arm, trials)]
+        group = groups.get((arm, best_rate(arm, trials)))
+        if group is None:  # not yet trained
+            continue
         accuracy = mean_curve(group)
         line = curves.plot(np.arange(1, POINTS + 1) / POINTS * 12_000, accuracy)[0]
         curves.text(12_200, accuracy[-1], name, color=line.get_color(), va=place)
@@ -416,23 +423,22 @@ def make_page(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(usage=__doc__)
-    add = parser.add_argument
+    parser.add_argument("--against", default="sum", choices=ARMS, help="(default: sum)")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--full", nargs="*", choices=ARMS, metavar="ARM", help="all trials (of these arms)")
     add("--plot", type=Path, metavar="FILE.png", help="a table and a picture of what is there")
-    add("--against", default="sum", choices=ARMS, metavar="ARM", help="compare with (default: sum)")
     add("--page", type=Path, metavar="FILE.html", help="a trained graph beside a tree")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for path in (args.plot, args.page):
-        if path:
-            check_target(path)
     if args.full is not None:
         for arm in args.full or ARMS:
             run_arm(arm)
     elif args.plot:
+        check_target(args.plot, ".png")
         print_table(read_trials(), args.against)
         draw_picture(args.plot, read_trials())
     elif args.page:
+        check_target(args.page, ".html")
         make_page(args.page)
     else:
         for arm in ("sum", "dag2_silu", "series"):

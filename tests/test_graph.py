@@ -91,7 +91,7 @@ def test_refusals(corpus, refused):
     """What cannot be shown is refused in one line."""
     make_model(aggregator="sum")
     refused("model.pt has no graph", graph, "page", "model.pt", "x.html")
-    refused("ends in .html", graph, "page", "model.pt", "model.pt")
+    refused("must be a .html file", graph, "page", "model.pt", "model.pt")
     refused("a folder that exists", graph, "page", "model.pt", "no/x.html")
     make_model(encoding="gpt2")
     refused("the model cannot read", graph, "stats", "model.pt", "--dataset=tiny")

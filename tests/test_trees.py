@@ -147,7 +147,7 @@ def test_table_has_the_reports_figures(monkeypatch, call):
 
 def test_a_cut_line_is_named(refused):
     Path("trees.csv").write_text(f"{','.join(Trial._fields)}\nsum,3,1,1,12000,0.0015,31296\n")
-    refused("trees.csv, line 2,", trees, "--plot=a.png")
+    refused("trees.csv, line 2: ", trees, "--plot=a.png")
 
 
 def test_intervals_are_over_trials_and_draws(capsys):
