@@ -44,6 +44,7 @@ def test_a_run_counts_once_and_when_finished(call, refused):
     write_rows("a.csv", read_rows(text, compare.Evaluation)[:-1])
     assert "left out: sum-5, because" in call(compare, "table", "a.csv")[1]
     refused("dag1_sigmoid-1 is there twice", compare, "table", text, "a.csv")
+    refused("a.csv must be a .png file", compare, "plot", text, "a.csv")
 
 
 @pytest.mark.parametrize("column", compare.COLUMNS_OF_ALL + compare.COLUMNS_OF_AN_ARM)

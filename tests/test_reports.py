@@ -82,6 +82,22 @@ def test_trees_of_one_seed_have_their_accuracies():
         assert numbers([rate, *cells]) == pytest.approx(expected, abs=6e-3), arm
 
 
+def test_hello_world_has_its_losses():
+    """Means of five seeds, less those of sum."""
+    losses = {}
+    for row in csv.DictReader((RESULTS / "hello_world.csv").read_text().splitlines()):
+        losses.setdefault(row["arm"], {})[row["seed"]] = float(row["val_loss"])
+    arms = {"sum": "sum", "shared": "shared", "L = 1": "dag1", "L = 2": "dag2"}
+    for name, _, _, loss, difference in read_rows("text.md", 5)[-4:]:
+        arm = next(arms[word] for word in arms if word in name.split(", the ")[0])
+        assert float(loss) == pytest.approx(fmean(losses[arm].values()), abs=6e-5)
+        gaps = list(shared.paired_differences(losses[arm], losses["sum"]).values())
+        low = fmean(gaps) - shared.half_width(gaps)
+        high = fmean(gaps) + shared.half_width(gaps)
+        expected = f"{fmean(gaps):+.4f} ({low:+.4f} to {high:+.4f})"
+        assert difference == ("" if arm == "sum" else expected)
+
+
 def test_gpu_has_its_speeds():
     """They are medians of all stretches but the first, in which torch compiles."""
     speeds = {}
