@@ -373,11 +373,10 @@ def main() -> None:
     else:
         if args.csv:
             check_target(args.csv, ".csv")
-        print_table(runs, args.against)
-        if args.csv:
             with atomic_write(args.csv, "w") as file:
                 writer = csv.writer(file, lineterminator="\n")
                 writer.writerows([Evaluation._fields, *itertools.chain(*runs.values())])
+        print_table(runs, args.against)
 
 
 if __name__ == "__main__":

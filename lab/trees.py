@@ -138,7 +138,7 @@ def make_model(trial: Trial) -> GPT:
 
 
 def draw_test_trees(trial: Trial) -> tuple[Tensor, list[Tensor]]:
-    """Draw trees of the trial's tables: always the same ones, none of which are trained on."""
+    """Draw trees of the trial's tables: for all seeds the same, in a random stream of their own."""
     tables = make_tables(trial.depth, trial.draw)
     return draw_trees(tables, PROBED, torch.Generator().manual_seed(0))
 
@@ -435,8 +435,9 @@ def main() -> None:
             run_arm(arm)
     elif args.plot:
         check_target(args.plot, ".png")
-        print_table(read_trials(), args.against)
-        draw_picture(args.plot, read_trials())
+        trials = read_trials()
+        print_table(trials, args.against)
+        draw_picture(args.plot, trials)
     elif args.page:
         check_target(args.page, ".html")
         make_page(args.page)
