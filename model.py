@@ -1,28 +1,30 @@
 """DAG-MoE in one file: a Llama-style GPT whose mixture-of-experts layers end in a small graph.
 
 A mixture-of-experts (MoE) layer has E small feed-forward networks, the experts. For every token a
-router chooses K of them, and the layer adds up their K outputs, each times a weight from the
-router. In DAG-MoE (arXiv 2606.01062 v1; "Eq. 7" is an equation there) the K outputs of a token
-first talk to each other L times, much as K tokens do in attention. Compared with attention:
+router chooses K of them, and the layer adds up their outputs, each times a weight from the router.
+DAG-MoE (arXiv 2606.01062 v1; "Eq. 7" is an equation there) replaces this sum: the K outputs become
+the nodes of a graph and exchange messages L times, much as K tokens do in attention. But:
 - An edge from output j to output i has D gates, one per channel, instead of one softmax weight.
-- The message on an edge depends on both of its ends, where attention's value is the sender's alone.
-- Every output hears every output, itself included, and all pairs share the same matrices.
+- The message on an edge depends on both of its ends; attention's value depends on the sender only.
+- Every node hears every node, itself included, and all pairs share the same matrices.
 - There are no positions: node i is the token's i-th choice, whichever expert that is.
 
 The graph comes first, then what feeds it, then the transformer around both. They meet in MoE:
 
-    weight, expert, aux = self.router(x)      # (S, K), (S, K), two losses for the router's sake
-    out = self.experts(x, expert)             # (S, K, C), one output per chosen expert
-    h = self.aggregate(h, out, weight)        # (S, C), by a WeightedSum or by a DAGAggregator
+    x = self.norm(h)                                         # (S, C), what the experts read
+    weight, expert, balance_loss, z_loss = self.router(x)    # (S, K), (S, K) and two numbers
+    out = self.experts(x, expert)                            # (S, K, C), an output per choice
+    h = self.aggregate(h, out, weight)                       # (S, C), by a sum or by a graph
 
-Letters in comments and shapes, with the paper's letter in brackets where it is another one:
+Letters in comments and shapes, with the paper's letter in brackets where it differs:
 
-    C  n_embd [d]         width of the residual stream h | S       tokens, in B sequences of T
-    E  n_expert [N]       experts per layer              | x       RMSNorm(h), what experts read
-    K  top_k              experts chosen per token       | weight  router's weight of a choice [g]
-    H  expert_dim [d_r]   hidden width of an expert      | out     output of a choice [E(x)]
-    L  dag_depth          depth of the graph             | node    a choice in the graph [n_i]
-    D  dag_dim [d_g]      width of the graph's messages  | e, m    gates and message of an edge
+    S                     tokens in a batch, B sequences of T
+    C  n_embd [d]         width of the residual stream h
+    E  n_expert [N]       experts per layer
+    K  top_k              experts chosen per token
+    H  expert_dim [d_r]   hidden width of an expert
+    L  dag_depth          depth of the graph
+    D  dag_dim [d_g]      width of the graph's messages
 """
 
 import zlib
@@ -35,7 +37,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NORM_EPS = 1e-5  # in every RMSNorm, x / sqrt(mean(x²) + eps) · scale
-INIT_STD = 0.02  # of a new matrix, times its init_scale (see GPT)
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class ModelConfig:
     n_head: int = 4  # query heads of an attention
     n_kv_head: int = 2  # key/value heads; several query heads share one
     n_embd: int = 128  # C, width of the residual stream
-    rope_theta: float = 10000.0  # base wavelength of the rotary positions
+    rope_theta: float = 10000.0  # base of the rotary positions
     tie_embeddings: bool = True  # the output layer is the embedding, transposed
     n_expert: int = 16  # E, experts per layer
     top_k: int = 4  # K, experts chosen per token
@@ -67,12 +68,13 @@ class ModelConfig:
 def pairwise(linear: nn.Linear, z: Tensor) -> Tensor:
     """Apply a linear map to concat(z_i, z_j) for all pairs of nodes: z (S, K, D) → (S, K, K, D).
 
-    As W concat(z_i, z_j) = W1 z_i + W2 z_j, each half of W works on K nodes, not on K² pairs.
+    The concatenation, Eq. 8, is never built. As W concat(z_i, z_j) = W1 z_i + W2 z_j, each half
+    of W works on K nodes instead of K² pairs.
     """
-    w1, w2 = linear.weight.chunk(2, dim=1)  # (D, D) each
+    w1, w2 = linear.weight.chunk(2, dim=1)  # the two halves
     receiver = F.linear(z, w1).unsqueeze(2)  # (S, K, 1, D), index i
     sender = F.linear(z, w2).unsqueeze(1)  # (S, 1, K, D), index j
-    return receiver + sender  # Eq. 8, (S, K, K, D): [s, i, j] is the edge j → i
+    return receiver + sender  # (S, K, K, D): [s, i, j] is the edge j → i
 
 
 class DAGLayer(nn.Module):
@@ -81,32 +83,29 @@ class DAGLayer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         C, D = config.n_embd, config.dag_dim
-        self.sigma = torch.sigmoid if config.dag_gate == "sigmoid" else F.silu
         self.norm = nn.RMSNorm(C, NORM_EPS)
         self.w_down = nn.Linear(C, D, bias=False)
         self.w_edge = nn.Linear(2 * D, D, bias=False)
         self.w_node = nn.Linear(2 * D, D, bias=False)
         self.w_up = nn.Linear(D, C, bias=False)
-        # W_up begins at zero, so a new graph passes its nodes on unchanged, and a new DAG-MoE is
-        # the weighted sum. It still learns: the gradient of W_up is made of the messages, which are
-        # not zero. The other three matrices get a gradient as soon as W_up has left zero.
+        self.sigma = torch.sigmoid if config.dag_gate == "sigmoid" else F.silu
+        # W_up starts at zero, so a new graph passes its nodes on unchanged: a new DAG-MoE is the
+        # weighted sum. It still learns: the gradient of W_up is the gradient at its output times
+        # the sum of the messages, and neither is zero. The rest of the layer gets a gradient as
+        # soon as W_up has left zero.
         nn.init.zeros_(self.w_up.weight)
-        self.w_up.weight.init_scale = 0.0  # so that GPT leaves it at zero, too
 
     def edges(self, node: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the gates and messages of all edges: node (S, K, C) → e, m (S, K, K, D)."""
-        # RMSNorm divides a node by its root mean square, and scales its channels. W_down is linear:
-        # the scale goes into it, and the division comes after it, on D channels instead of C.
-        rms = (node.square().mean(dim=-1, keepdim=True) + NORM_EPS).sqrt()  # (S, K, 1)
-        z = F.linear(node, self.w_down.weight * self.norm.weight) / rms  # Eq. 7, (S, K, D)
+        z = self.w_down(self.norm(node))  # Eq. 7, (S, K, D). Departure: RMSNorm, not LayerNorm
         e = self.sigma(pairwise(self.w_edge, z))  # Eq. 9: e[s, i, j] has D gates
         m = e * pairwise(self.w_node, z)  # Eq. 10
         return e, m
 
     def forward(self, node: Tensor) -> Tensor:
         """Take all nodes from one depth to the next: (S, K, C) → (S, K, C)."""
-        _, m = self.edges(node)
-        return node + self.w_up(m.sum(dim=2))  # Eq. 11, Σ over the senders j
+        e, m = self.edges(node)  # e is part of m; tests and pictures look at it
+        return node + self.w_up(m.sum(dim=2))  # Eq. 11, the sum is over the senders j
 
 
 class DAGAggregator(nn.Module):
@@ -119,8 +118,8 @@ class DAGAggregator(nn.Module):
     def forward(self, h: Tensor, out: Tensor, weight: Tensor) -> Tensor:
         """Combine h (S, C) and outputs (S, K, C), with weights (S, K), into the new h (S, C)."""
         S, K, C = out.shape
-        # Every node carries a K-th of h, so that it knows its token, and yet the sum of all nodes
-        # has h exactly once: Σ_i (g_i E_i(x) + h / K) = h + Σ_i g_i E_i(x).
+        # Every node carries h / K. So it knows its token, and the sum over the nodes contains h
+        # exactly once: Σ_i (g_i E_i(x) + h / K) = h + Σ_i g_i E_i(x).
         node = weight.unsqueeze(-1) * out + h.unsqueeze(1) / K  # Eq. 6, (S, K, C)
         for layer in self.layers:
             node = layer(node)  # Eq. 7 to 11
@@ -138,94 +137,133 @@ class WeightedSum(nn.Module):
         return h + (weight.unsqueeze(-1) * out).sum(dim=1)
 
 
+AGGREGATORS = {"sum": WeightedSum, "dag": DAGAggregator}  # lab/baselines.py adds others
+
+
 class Router(nn.Module):
-    """The router chooses K of E experts for each token, and says how much each of them counts."""
+    """Choose K of E experts for each token, and weigh them."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.top_k = config.top_k
-        # Divided by their sum, as in Mixtral, the K weights add up to 1 whatever K is. A single
-        # weight is not divided: it would always be 1, and the router would learn nothing from it.
-        self.renormalise = config.norm_topk and config.top_k > 1
-        self.weight = nn.Parameter(torch.empty(config.n_expert, config.n_embd))  # W_r, drawn by GPT
+        # Divided by their sum, as in Mixtral, the K weights add up to 1. A single weight would
+        # always become 1, and the router would learn nothing from it, so it stays as it is.
+        self.renormalize = config.norm_topk and config.top_k > 1
+        self.weight = nn.Parameter(torch.empty(config.n_expert, config.n_embd))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Route x (S, C): return weights (S, K), largest first, expert ids (S, K), and aux (2)."""
-        # Always float32: a choice is all or nothing, and bfloat16 would round close logits to
-        # ties, so that a token's experts would depend on the precision it is computed in.
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Route x (S, C): return weights (S, K), expert ids (S, K), balance loss and z-loss."""
+        # In float32 even under autocast: rounded to bfloat16, close logits would often tie.
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(self.weight.dtype), self.weight)  # (S, E)
         prob = logits.softmax(dim=-1)
-        weight, expert = prob.topk(self.top_k, dim=-1)
-        if self.renormalise:
+        weight, expert = prob.topk(self.top_k, dim=-1)  # the most probable expert first
+        if self.renormalize:
             weight = weight / weight.sum(dim=-1, keepdim=True)
-        # Left alone, a router favours few experts. So the balance loss E Σ_e f_e P_e (Switch) makes
-        # an expert's mean probability P_e cost the more, the larger its share f_e of all choices.
-        # Shares are counts and have no gradient: it reaches the router through P_e alone.
+
+        # The cross-entropy reaches the router only through the K weights. Once these are divided
+        # by their sum, the logits of all other experts cancel, and learn from the two losses below.
+        #
+        # Left alone, a router favors a few experts. The balance loss E Σ_e f_e P_e (Switch
+        # Transformer, arXiv 2101.03961) makes an expert's mean probability P_e cost more, the
+        # larger its share f_e of all choices is. It is 1 if all experts are chosen equally often,
+        # and up to E/K if always the same K are. Shares are counts: the gradient is that of P_e.
         E = len(self.weight)
         share = F.one_hot(expert, E).to(prob.dtype).mean(dim=(0, 1))  # f_e, (E)
         balance_loss = E * (share * prob.mean(dim=0)).sum()
-        z_loss = logits.logsumexp(dim=-1).square().mean()  # keeps logits small (ST-MoE)
-        return weight, expert, torch.stack([balance_loss, z_loss])
+        # The z-loss keeps the logits small (ST-MoE, arXiv 2202.08906).
+        z_loss = logits.logsumexp(dim=-1).square().mean()
+        return weight, expert, balance_loss, z_loss
 
 
 class Experts(nn.Module):
-    """Experts are SwiGLU networks, down(SiLU(gate(x)) ⊙ up(x)), all in three stacked tensors."""
+    """E SwiGLU networks, down(SiLU(gate(x)) ⊙ up(x)), with their matrices in three stacks."""
 
-    def __init__(self, config: ModelConfig, n_expert: int, hidden_dim: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        E, C, H = n_expert, config.n_embd, hidden_dim
+        E, C, H = config.n_expert, config.n_embd, config.expert_dim
         self.gate_proj = nn.Parameter(torch.empty(E, H, C))
         self.up_proj = nn.Parameter(torch.empty(E, H, C))
         self.down_proj = nn.Parameter(torch.empty(E, C, H))
-        # 2·n_layer modules add to the residual stream. As in GPT-2 each starts that much smaller.
-        self.down_proj.init_scale = (2 * config.n_layer) ** -0.5
 
     def forward(self, x: Tensor, expert: Tensor) -> Tensor:
         """Apply to each token its chosen experts: x (S, C), expert ids (S, K) → out (S, K, C)."""
         S, K = expert.shape
         E, C, H = self.down_proj.shape
-        # Sort the S·K slots, one per choice, so that an expert's rows are side by side. If E = 3:
-        #     expert   2  0  2  1  0    what each of five slots asks for
-        #     order    1  4  3  0  2    sorted: slots 1 and 4 want expert 0, slot 3 wants expert 1
+        # Sort the S·K choices, so that the rows of one expert are next to each other. For E = 3:
+        #     expert   2  0  2  1  0    what each of five choices asks for
+        #     order    1  4  3  0  2    sorted: choices 1 and 4 want expert 0, choice 3 wants 1
         #     ends     2  3  5          rows 0 and 1 are expert 0's, row 2 is expert 1's, and so on
         order = expert.flatten().argsort(stable=True)
         ends = F.one_hot(expert, E).sum(dim=(0, 1)).cumsum(dim=0, dtype=torch.int32)
-        rows = x.index_select(0, order // K)  # (S·K, C): slot n belongs to token n // K
-        groups = choose_groups(rows, self.down_proj, ends)
-        hidden = F.silu(grouped_linear(rows, self.gate_proj, groups))  # (S·K, H)
-        hidden = hidden * grouped_linear(rows, self.up_proj, groups)
-        rows = grouped_linear(hidden, self.down_proj, groups)  # (S·K, C)
-        return rows.index_select(0, order.argsort()).view(S, K, C)  # undoes the sort
+        rows = x.index_select(0, order // K)  # (S·K, C): choice n belongs to token n // K
+        gate = grouped_linear(rows, self.gate_proj, ends)  # (S·K, H)
+        up = grouped_linear(rows, self.up_proj, ends)
+        rows = grouped_linear(F.silu(gate) * up, self.down_proj, ends)  # (S·K, C)
+        return rows.index_select(0, order.argsort()).view(S, K, C)  # undo the sort
+
+
+def grouped_linear(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """Multiply each group of rows by its own matrix: rows (N, I), matrices (E, O, I) → (N, O).
+
+    The rows of group e end before row ends[e].
+    """
+    device = rows.device.type
+    if torch.is_autocast_enabled(device):  # which knows F.linear, but not F.grouped_mm
+        dtype = torch.get_autocast_dtype(device)
+        rows, matrices = rows.to(dtype), matrices.to(dtype)
+    if has_grouped_kernel(rows, matrices):
+        return F.grouped_mm(rows, matrices.mT, offs=ends)  # the two lines below, in one kernel
+    groups = rows.tensor_split(ends[:-1].long().cpu())
+    return torch.cat([F.linear(group, w) for group, w in zip(groups, matrices, strict=True)])
+
+
+def has_grouped_kernel(rows: Tensor, matrices: Tensor) -> bool:
+    """Tell whether F.grouped_mm takes these: it is particular about dtypes and about alignment."""
+    device = rows.device.type
+    if rows.dtype == torch.bfloat16:
+        takes_dtype = device in ("cpu", "cuda")
+    else:
+        eager_cpu = device == "cpu" and not torch.compiler.is_compiling()
+        takes_dtype = rows.dtype == torch.float32 and eager_cpu
+    is_aligned = all(size * rows.element_size() % 16 == 0 for size in matrices.shape[1:])
+    return takes_dtype and is_aligned
+
+
+class SwiGLU(nn.Module):
+    """The shared expert, which every token uses."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return down(SiLU(gate(x)) ⊙ up(x)): (..., dim) → (..., dim)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class MoE(nn.Module):
-    """The second half of a block: normalise, route, apply experts, combine their outputs with h."""
+    """The second half of a block: normalize, route, apply experts, combine their outputs with h."""
 
-    def __init__(self, config: ModelConfig, aggregate: nn.Module):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.norm = nn.RMSNorm(config.n_embd, NORM_EPS)
         self.router = Router(config)
-        self.experts = Experts(config, config.n_expert, config.expert_dim)
-        self.aggregate = aggregate
-        self.shared = Experts(config, 1, config.shared_dim) if config.shared_dim else None
+        self.experts = Experts(config)
+        self.aggregate = AGGREGATORS[config.aggregator](config)
+        self.shared = SwiGLU(config.n_embd, config.shared_dim) if config.shared_dim else None
 
-    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Take h (B, T, C) to the new h (B, T, C), which includes the old one, and aux (2)."""
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Update the residual stream h (B, T, C); return it, the balance loss and the z-loss."""
         x = self.norm(h).flatten(0, 1)  # (S, C)
-        weight, expert, aux = self.router(x)
+        weight, expert, balance_loss, z_loss = self.router(x)
         out = self.experts(x, expert)  # (S, K, C)
         new_h = self.aggregate(h.flatten(0, 1), out, weight)  # (S, C)
         if self.shared is not None:
-            number_0 = torch.zeros_like(expert[:, :1])  # (S, 1), its only expert
-            new_h = new_h + self.shared(x, number_0).squeeze(1)
-        return new_h.view_as(h), aux
-
-
-FEED_FORWARD = {  # by config.aggregator; lab/baselines.py adds others
-    "sum": lambda config: MoE(config, WeightedSum(config)),
-    "dag": lambda config: MoE(config, DAGAggregator(config)),
-}
+            new_h = new_h + self.shared(x)
+        return new_h.view_as(h), balance_loss, z_loss
 
 
 def rope_table(position: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -242,6 +280,28 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
+class KVCache:
+    """The keys and values of the tokens that an attention layer has seen so far."""
+
+    def __init__(self):
+        self.k = None  # (B, n_kv_head, tokens, head_dim)
+        self.v = None
+
+    @property
+    def n_tokens(self) -> int:
+        """Return how many tokens per sequence it holds."""
+        return 0 if self.k is None else self.k.shape[2]
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the keys and values of new tokens, and return those of all tokens."""
+        if self.k is not None:
+            k = torch.cat([self.k, k], dim=2)
+            v = torch.cat([self.v, v], dim=2)
+        self.k = k
+        self.v = v
+        return k, v
+
+
 class Attention(nn.Module):
     """Causal attention in which groups of query heads share one key/value head."""
 
@@ -254,23 +314,19 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(C, kv_dim, bias=False)
         self.v_proj = nn.Linear(C, kv_dim, bias=False)
         self.o_proj = nn.Linear(C, C, bias=False)
-        self.o_proj.weight.init_scale = (2 * config.n_layer) ** -0.5  # see Experts
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: dict | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
         """Let each token of x (B, T, C) look at itself and at those before it → (B, T, C)."""
         B, T, C = x.shape
-        heads = (B, T, -1, self.head_dim)
-        q = self.q_proj(x).view(heads).transpose(1, 2)  # (B, n_head, T, head_dim)
-        k = self.k_proj(x).view(heads).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
-        v = self.v_proj(x).view(heads).transpose(1, 2)
+        shape = (B, T, -1, self.head_dim)
+        q = self.q_proj(x).view(shape).transpose(1, 2)  # (B, n_head, T, head_dim)
+        k = self.k_proj(x).view(shape).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
+        v = self.v_proj(x).view(shape).transpose(1, 2)
         q = rotate(q, rope)
         k = rotate(k, rope)
-        if cache:
-            k = torch.cat([cache["k"], k], dim=2)
-            v = torch.cat([cache["v"], v], dim=2)
         if cache is not None:
-            cache.update(k=k, v=v)
-        # Tokens that follow cached ones come one by one (T = 1), and each may look at all of them.
+            k, v = cache.extend(k, v)
+        # A single token, the newest, may look at everything in the cache.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -282,20 +338,20 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.RMSNorm(config.n_embd, NORM_EPS)
         self.attention = Attention(config)
-        self.moe = FEED_FORWARD[config.aggregator](config)
+        self.moe = MoE(config)
 
-    def forward(self, h: Tensor, rope: tuple, cache: dict | None = None) -> tuple[Tensor, Tensor]:
-        """Take h (B, T, C) to the new h (B, T, C), and aux (2) of the router."""
+    def forward(self, h: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None):
+        """Update h (B, T, C); return it, the balance loss and the z-loss of the router."""
         h = h + self.attention(self.norm(h), rope, cache)
         return self.moe(h)
 
 
 class Output(NamedTuple):
-    """What GPT.forward returns, always."""
+    """What GPT.forward returns."""
 
-    logits: Tensor  # (B, T, vocab_size), or with a cache (B, 1, vocab_size)
+    logits: Tensor  # (B, T, vocab_size), or with caches (B, 1, vocab_size)
     loss: Tensor | None  # cross-entropy in nats per token and nothing else; None without targets
-    balance_loss: Tensor  # mean over layers: 1 if experts are used alike, E/K if always the same K
+    balance_loss: Tensor  # mean over layers
     z_loss: Tensor  # mean over layers
 
 
@@ -311,111 +367,105 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
-        # Every matrix has a random generator of its own, seeded with its name. So two models of one
-        # seed, a sum and a dag, begin with the same numbers in all matrices that both have.
-        for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:  # the scales of the norms remain 1
-                seed = torch.initial_seed() ^ zlib.crc32(name.encode())
-                generator = torch.Generator().manual_seed(seed)
-                std = INIT_STD * getattr(parameter, "init_scale", 1.0)
-                nn.init.normal_(parameter, 0.0, std, generator=generator)
+        self.init_weights()
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache=None) -> Output:
+    def init_weights(self) -> None:
+        """Draw every matrix from a random generator of its own, which is seeded with its name.
+
+        So two models of one seed, a sum and a dag, start with the same numbers in all matrices
+        that both have.
+        """
+        for name, weight in self.named_parameters():
+            if weight.dim() == 1 or name.endswith("w_up.weight"):
+                continue  # the scales of norms stay 1, and W_up of a graph stays 0
+            std = 0.02
+            if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):
+                # What writes into the residual stream, twice a layer: smaller, as in GPT-2.
+                std = 0.02 / (2 * self.config.n_layer) ** 0.5
+            seed = torch.initial_seed() ^ zlib.crc32(name.encode())
+            nn.init.normal_(weight, std=std, generator=torch.Generator().manual_seed(seed))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        caches: list[KVCache] | None = None,
+    ) -> Output:
         """Predict what follows each of tokens (B, T). Targets (B, T) that are -1 add no loss.
 
-        With a cache, a dict per layer, tokens continue what it holds, and only the last has logits.
+        With caches, one per layer, a single token per sequence continues what they hold, and only
+        the last token gets logits.
         """
         B, T = tokens.shape
         config = self.config
-        start = cache[0]["k"].shape[2] if cache and cache[0] else 0  # tokens in the cache
+        start = caches[0].n_tokens if caches else 0
         if start + T > config.block_size:
             raise ValueError(f"{start + T} tokens do not fit block_size {config.block_size}")
+        if start > 0 and T > 1:
+            raise ValueError(f"a cache that holds tokens takes one more at a time, got {T}")
         position = torch.arange(start, start + T, device=tokens.device)
         rope = rope_table(position, config.n_embd // config.n_head, config.rope_theta)
         h = self.embed(tokens)  # (B, T, C)
-        all_aux = []
+        balance_losses = []
+        z_losses = []
         for i, block in enumerate(self.blocks):
-            h, aux = block(h, rope, cache[i] if cache else None)
-            all_aux.append(aux)
-        if cache is not None:
+            h, balance_loss, z_loss = block(h, rope, caches[i] if caches else None)
+            balance_losses.append(balance_loss)
+            z_losses.append(z_loss)
+        if caches:
             h = h[:, -1:]
         logits = self.head(self.norm(h))
         loss = None
         if targets is not None:
-            # In float32: exp and log of bfloat16 numbers would round the loss to 1 in 200.
+            # In float32: bfloat16 would round the loss to one part in 200.
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
-        balance_loss, z_loss = torch.stack(all_aux).mean(dim=0)
+        balance_loss = torch.stack(balance_losses).mean()
+        z_loss = torch.stack(z_losses).mean()
         return Output(logits, loss, balance_loss, z_loss)
 
     @torch.no_grad()
-    def generate(self, tokens: Tensor, max_new_tokens: int, allowed=None, **sampling):
-        """Continue tokens (B, T): yield max_new_tokens times the next (B) ids, see `choose`."""
+    def generate(
+        self, tokens: Tensor, max_new_tokens: int, temperature=1.0, top_k=None, top_p=None
+    ):
+        """Continue tokens (B, T): yield the next ids (B), max_new_tokens times."""
         block_size = self.config.block_size
         context = tokens[:, -block_size:]
-        unread = context  # what the cache does not hold yet
-        cache = [{} for _ in self.blocks]
+        unread = context  # what the caches do not hold yet
+        caches = [KVCache() for _ in self.blocks]
         for _ in range(max_new_tokens):
-            logits = self(unread, cache=cache).logits[:, -1].float()
-            if allowed is not None:  # (vocab_size): False for ids without a text
-                logits = logits.masked_fill(~allowed, -torch.inf)
-            next_token = choose(logits, **sampling)
+            logits = self(unread, caches=caches).logits[:, -1].float()
+            next_token = choose(logits, temperature, top_k, top_p)
             yield next_token
             unread = next_token[:, None]
             context = torch.cat([context, unread], dim=1)
-            if context.shape[1] > block_size:  # drop the older half, reread the rest
-                context = context[:, -(block_size // 2) :]
+            if context.shape[1] > block_size:  # full: drop the older half, and reread the rest
+                context = context[:, -((block_size + 1) // 2) :]
                 unread = context
-                cache = [{} for _ in self.blocks]
+                caches = [KVCache() for _ in self.blocks]
 
 
-def choose(logits: Tensor, temperature=1.0, top_k=None, top_p=None, generator=None) -> Tensor:
-    """Draw an id per row of logits (B, vocab_size) → (B), within top_k and top_p."""
-    if temperature < 1e-4:  # the likeliest wins, and dividing might overflow
+def choose(logits: Tensor, temperature=1.0, top_k=None, top_p=None) -> Tensor:
+    """Draw an id per row of logits (B, vocab_size) → (B), from the top_k and top_p likeliest."""
+    if temperature < 1e-4:  # dividing by it might overflow
         return logits.argmax(dim=-1)
     prob = (logits / temperature).softmax(dim=-1)
-    if top_p is not None:  # the fewest ids that hold this probability (Holtzman)
-        sorted_prob, token = prob.sort(dim=-1, descending=True)
-        likelier = sorted_prob.cumsum(dim=-1) - sorted_prob  # the probability of all before it
-        sorted_prob = sorted_prob.masked_fill(likelier >= top_p, 0.0)
-        prob = torch.zeros_like(prob).scatter(1, token, sorted_prob)
+    if top_k is None and top_p is None:
+        return torch.multinomial(prob, 1).squeeze(1)
+    prob, token = prob.sort(dim=-1, descending=True)
+    if top_p is not None:  # the fewest ids whose probabilities add up to top_p (arXiv 1904.09751)
+        before = prob.cumsum(dim=-1) - prob  # the probability of all likelier ids
+        prob = prob.masked_fill(before >= top_p, 0.0)
     if top_k is not None:
-        best, token = prob.topk(min(top_k, prob.shape[1]), dim=-1)
-        prob = torch.zeros_like(prob).scatter(1, token, best)
-    return torch.multinomial(prob, 1, generator=generator).squeeze(1)
-
-
-def choose_groups(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor | list[int]:
-    """Return where the groups of rows end, if F.grouped_mm works here, or else a list of sizes."""
-    device = rows.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
-    # It takes bfloat16, on the CPU also float32 unless compiled, and rows of full 16 bytes.
-    float32_works = device == "cpu" and not torch.compiler.is_compiling()
-    dtype_works = dtype == torch.bfloat16 or (dtype == torch.float32 and float32_works)
-    aligned = all(size * dtype.itemsize % 16 == 0 for size in matrices.shape[1:])
-    if device in ("cpu", "cuda") and dtype_works and aligned:
-        return ends
-    return ends.diff(prepend=ends.new_zeros(1)).tolist()  # waits for the device
-
-
-def grouped_linear(rows: Tensor, matrices: Tensor, groups: Tensor | list[int]) -> Tensor:
-    """Multiply each group of rows by its own matrix: rows (N, I), matrices (E, O, I) → (N, O).
-
-    The last two lines say what is computed; those above let one kernel do it, where it can.
-    """
-    if torch.is_autocast_enabled(rows.device.type):  # which does not know F.grouped_mm
-        dtype = torch.get_autocast_dtype(rows.device.type)
-        rows, matrices = rows.to(dtype), matrices.to(dtype)
-    if isinstance(groups, Tensor):
-        return F.grouped_mm(rows, matrices.transpose(1, 2), offs=groups)
-    pairs = zip(rows.split(groups), matrices, strict=True)
-    return torch.cat([F.linear(group, matrix) for group, matrix in pairs])
+        prob[:, top_k:] = 0.0
+    place = torch.multinomial(prob, 1)  # in the sorted order; it divides by the sum
+    return token.gather(1, place).squeeze(1)
 
 
 def check_sizes(c: ModelConfig) -> None:
     """Raise a ValueError, with the numbers, if no network can have these sizes."""
     for name, value in vars(c).items():
-        least = {"shared_dim": 0, "block_size": 2}.get(name, 1)
-        if type(value) in (int, float) and value < least:
+        least = 0 if name == "shared_dim" else 1
+        if type(value) is int and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if c.n_embd % (2 * c.n_head) != 0:
         raise ValueError(f"n_embd ({c.n_embd}) must be a multiple of 2·n_head ({2 * c.n_head})")
@@ -423,7 +473,7 @@ def check_sizes(c: ModelConfig) -> None:
         raise ValueError(f"n_head ({c.n_head}) must be a multiple of n_kv_head ({c.n_kv_head})")
     if c.top_k > c.n_expert:
         raise ValueError(f"top_k ({c.top_k}) must not exceed n_expert ({c.n_expert})")
-    if c.aggregator not in FEED_FORWARD:
-        raise ValueError(f"aggregator must be {' or '.join(FEED_FORWARD)}, got {c.aggregator!r}")
+    if c.aggregator not in AGGREGATORS:
+        raise ValueError(f"aggregator must be {' or '.join(AGGREGATORS)}, got {c.aggregator!r}")
     if c.dag_gate not in ("sigmoid", "silu"):
         raise ValueError(f"dag_gate must be sigmoid or silu, got {c.dag_gate!r}")

@@ -1,29 +1,29 @@
 """Turn text into the token files that train.py reads.
 
-    python prepare.py stdlib         # Python's own standard library, which every machine has
+    python prepare.py stdlib         # the source code of Python's standard library, no download
     python prepare.py shakespeare    # downloads 1 MB
     python prepare.py tinystories    # downloads 2.3 GB of short stories
     python prepare.py openwebtext    # downloads 13 GB of web pages
     python prepare.py notes.txt novels/ --name mine    # your own files, and folders of *.txt
 
-It writes data/NAME/train.bin and val.bin, arrays of token ids, and meta.json, their sizes.
+A dataset is a folder, data/NAME. Its train.bin and val.bin hold nothing but token ids, with an
+<|endoftext|> after every document, and its meta.json says how to read them. Of your own text a
+tenth is held out for validation: every tenth document or so, or, if there are fewer than 100, the
+end of the text.
 """
 
 import argparse
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
-import sys
 import sysconfig
 import tarfile
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from http.client import HTTPException
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from urllib.request import Request, urlopen
 
@@ -31,330 +31,331 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-DATA = Path("data")  # below the folder in which a command is run
-KNOWN = ("stdlib", "shakespeare", "tinystories", "openwebtext")
-NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+DATA = Path("data")  # relative to the folder you are in
 END_OF_TEXT = "<|endoftext|>"
-BLOCK = 1 << 16  # characters to read at a time, because a file may be larger than the memory
-PAUSES = [0, 1, 2, 4, 8, 16, 32]  # seconds before each attempt to download a file
-# Where texts are published, at fixed revisions, so that everyone gets the same.
-GITHUB = "https://raw.githubusercontent.com/karpathy/char-rnn"
-SHAKESPEARE_URL = f"{GITHUB}/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare"
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+Documents = Iterator[tuple[str, str]]  # ("train" or "val", text)
+
+# Fixed revisions, so that everyone gets the same text.
+GITHUB = "https://raw.githubusercontent.com"
+CHAR_RNN = f"{GITHUB}/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e"
 HUB = "https://huggingface.co/datasets"
-TINYSTORIES_URL = f"{HUB}/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"
-TINYSTORIES_TRAIN_SHA256 = "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443"
-TINYSTORIES_VAL_SHA256 = "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d"
-OPENWEBTEXT_URL = f"{HUB}/Skylion007/openwebtext/resolve/f3808c30e817981b845ec549c43e82bb467d8144"
-OPENWEBTEXT_DOCUMENTS = 8_013_769
-OPENWEBTEXT_VAL = 4_007  # of them, in nanoGPT's split
-Pieces = Iterator[tuple[str, str, bool]]  # train or val, a text, whether a document ends with it
+TINYSTORIES = f"{HUB}/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"
+OPENWEBTEXT = f"{HUB}/Skylion007/openwebtext/resolve/f3808c30e817981b845ec549c43e82bb467d8144"
+OPENWEBTEXT_PAGES = 8_013_769
+OPENWEBTEXT_VAL_PAGES = 4_007
 
 
-class UserError(Exception):
-    """Something that the person at the keyboard can mend: what was typed, or what a file holds."""
+# -- the published datasets --
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a script, and report a UserError in one line; any other error keeps its traceback."""
-    sys.stdout.reconfigure(errors="replace")  # for terminals that lack a character
-    try:
-        main()
-        return
-    except UserError as error:
-        message = " ".join(str(error).split())
-    print("error:", message, file=sys.stderr)  # main() is over, and so are its progress bars
-    sys.exit(2)
+def read_stdlib() -> Documents:
+    """Read the standard library of the Python that runs this, without its tests."""
+    print(f"the standard library is that of Python {platform.python_version()}")
+    skipped = ("test", "tests", "idle_test", "site-packages", "dist-packages")
+    files = find_files([sysconfig.get_path("stdlib")], "*.py", skipped)
+    return split_documents(files, None, val_fraction=0.1)
 
 
-@contextmanager
-def atomic_write(path: Path, mode: str = "wb"):
-    """Open a new file that takes the place of `path` only when all of it is on the disk."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def file_sha256(path: Path) -> str:
-    """Return the checksum of a file in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def download(url: str, sha256: str = "") -> Path:
-    """Download a file to data/downloads/, unless it is there, and return its path."""
-    path = DATA / "downloads" / url.split("/")[-1]
-    partial = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for pause in PAUSES:
-        time.sleep(pause)
-        try:
-            if not path.exists():
-                fetch_rest(url, partial)
-                if sha256 and file_sha256(partial) != sha256:
-                    partial.unlink()
-                    raise OSError("a wrong checksum")
-                os.replace(partial, path)
-            return path
-        except (OSError, HTTPException) as error:
-            print(f"{url}: {error}")
-            if getattr(error, "code", None) == 416:  # no such rest: what we have is too long
-                partial.unlink()
-    raise UserError(f"cannot download {url}: start again, or fetch it by hand, as {path}")
-
-
-def fetch_rest(url: str, path: Path) -> None:
-    """Append to a file what earlier attempts to download it left out."""
-    with open(path, "ab") as file:
-        request = Request(url, headers={"Range": f"bytes={file.tell()}-"})
-        with urlopen(request, timeout=60) as response:
-            if response.status != 206:  # not the rest, but the whole file
-                file.truncate(file.seek(0))
-            length = response.headers["Content-Length"]  # some servers do not announce it
-            size = file.tell() + int(length) if length else None
-            with tqdm.wrapattr(response, "read", size, initial=file.tell()) as body:
-                shutil.copyfileobj(body, file)
-        if size not in (None, file.tell()):
-            raise OSError(f"{file.tell():,} of {size:,} bytes came")
-
-
-def find_files(names: list[str], pattern: str, left_out: set[str] = frozenset()) -> list[Path]:
-    """Return the files that are named, and those in named folders that match the pattern."""
-    files = {}  # that is, its keys, so that each file counts once
-    for name in names:
-        path = Path(name).expanduser()
-        found = [path] if path.is_file() else []
-        for folder, subfolders, file_names in os.walk(path):
-            subfolders[:] = sorted(set(subfolders) - left_out)  # where os.walk goes next
-            found += [Path(folder, x) for x in sorted(file_names) if Path(x).match(pattern)]
-        if not found:
-            raise UserError(f"{path} does not exist, or has no {pattern} in it")
-        files |= dict.fromkeys(file.resolve() for file in found)
-    return list(files)
-
-
-def read_blocks(path: Path) -> Iterator[str]:
-    """Yield the text of a file in blocks that end where a line ends."""
-    try:
-        with open(path, encoding="utf-8", newline="\n") as file:
-            # The rest of a line is limited, too, because a whole file may be one line.
-            while block := file.read(BLOCK) + file.readline(BLOCK):
-                yield block
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} as UTF-8 text: {error}") from error
-
-
-def read_documents(paths: list[Path], separator: str | None) -> Iterator[tuple[str, bool]]:
-    """Yield the texts of files, each a document, or several with separator lines between them."""
-    for path in paths:
-        if separator is None:
-            for block in read_blocks(path):
-                yield block, False
-            yield "", True
-            continue
-        lines = []  # of the document so far
-        for block in chain(read_blocks(path), [separator + "\n"]):
-            for line in block.splitlines(keepends=True):
-                if line.rstrip("\r\n") != separator:
-                    lines.append(line)
-                elif document := "".join(lines).strip():
-                    yield document, True
-                    lines = []
-
-
-def read_shakespeare() -> Pieces:
-    """Yield nanoGPT's hello world with its split: val is the last tenth of the text."""
-    text = download(f"{SHAKESPEARE_URL}/input.txt", SHAKESPEARE_SHA256).read_text(encoding="utf-8")
+def read_shakespeare() -> Documents:
+    """Read tiny Shakespeare, a single text, and split it where nanoGPT does."""
+    sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+    path = download(f"{CHAR_RNN}/data/tinyshakespeare/input.txt", sha256)
+    text = path.read_text(encoding="utf-8")
     cut = int(0.9 * len(text))
-    yield "train", text[:cut], True
-    yield "val", text[cut:], True
+    yield "train", text[:cut]
+    yield "val", text[cut:]
 
 
-def read_tinystories() -> Pieces:
-    """Yield the stories of TinyStories, version 2, in the two splits that were published."""
-    train = download(f"{TINYSTORIES_URL}/TinyStoriesV2-GPT4-train.txt", TINYSTORIES_TRAIN_SHA256)
-    val = download(f"{TINYSTORIES_URL}/TinyStoriesV2-GPT4-valid.txt", TINYSTORIES_VAL_SHA256)
-    for split, path in (("train", train), ("val", val)):
-        for story, ends in read_documents([path], END_OF_TEXT):
-            yield split, story, ends
+def read_tinystories() -> Documents:
+    """Read the stories of TinyStories V2, in the two splits that were published."""
+    train_sha256 = "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443"
+    val_sha256 = "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d"
+    train_file = download(f"{TINYSTORIES}/TinyStoriesV2-GPT4-train.txt", train_sha256)
+    val_file = download(f"{TINYSTORIES}/TinyStoriesV2-GPT4-valid.txt", val_sha256)
+    return read_splits([train_file], [val_file], END_OF_TEXT)
 
 
-def read_openwebtext() -> Pieces:
-    """Yield the documents of OpenWebText, text files in archives in archives; split as nanoGPT."""
-    permutation = np.random.default_rng(2357).permutation(OPENWEBTEXT_DOCUMENTS)
-    val = set(permutation[:OPENWEBTEXT_VAL].tolist())
+def read_openwebtext() -> Documents:
+    """Read the pages of OpenWebText: text files in .tar.xz archives, packed in 21 .tar archives."""
+    rng = np.random.default_rng(2357)  # nanoGPT's seed, which holds out the same pages
+    val_pages = set(rng.permutation(OPENWEBTEXT_PAGES)[:OPENWEBTEXT_VAL_PAGES].tolist())
     count = 0
-    for number in range(21):
-        path = download(f"{OPENWEBTEXT_URL}/subsets/urlsf_subset{number:02}.tar")
+    for i in range(21):
+        path = download(f"{OPENWEBTEXT}/subsets/urlsf_subset{i:02}.tar")
         with open(path, "rb") as file:
-            for subset in read_archive(file, ".xz"):
-                for document in read_archive(subset, ".txt"):
-                    text = re.sub(r"\n{3,}", "\n\n", document.read().decode()).strip()
-                    yield "val" if count in val else "train", text, True
+            for archive in read_archive(file, ".xz"):
+                for page in read_archive(archive, ".txt"):
+                    text = re.sub(r"\n{3,}", "\n\n", page.read().decode()).strip()
+                    yield "val" if count in val_pages else "train", text
                     count += 1
-    if count != OPENWEBTEXT_DOCUMENTS:
-        raise UserError(f"{count:,} documents came, not {OPENWEBTEXT_DOCUMENTS:,}: start again")
 
 
 def read_archive(file, suffix: str) -> Iterator:
-    """Yield the files of a tar archive, packed or not, whose names end with the suffix."""
+    """Yield the files in a tar archive, compressed or not, whose names have this suffix."""
     with tarfile.open(fileobj=file, mode="r|*") as archive:
         for member in archive:
             if member.isfile() and member.name.endswith(suffix):
                 yield archive.extractfile(member)
 
 
-def split_files(files: list[Path], separator: str | None, val_fraction: float) -> Pieces:
-    """Split the documents of files, 100 or more by their checksums, fewer by a cut."""
-    if sum(ends for _, ends in read_documents(files, separator)) >= 100:
-        return split_by_checksum(read_documents(files, separator), val_fraction)
-    size = sum(len(text.encode()) for text, _ in read_documents(files, separator))
-    return split_at_end(read_documents(files, separator), int(size * (1 - val_fraction)))
+DATASETS = {  # reader, encoding unless --encoding names another, documents if they are many
+    "stdlib": (read_stdlib, "bytes", None),
+    "shakespeare": (read_shakespeare, "bytes", None),
+    "tinystories": (read_tinystories, "gpt2", 2_745_331),
+    "openwebtext": (read_openwebtext, "gpt2", OPENWEBTEXT_PAGES),
+}
 
 
-def split_by_checksum(texts: Iterator, val_fraction: float) -> Pieces:
-    """Send each document, and so its copies, where the checksum of its first block says."""
-    split = None
-    for text, ends in texts:
-        if split is None:
-            # By this checksum stdlib's val has 11.8 % of the bytes, and is that of version 0.2.
-            checksum = hashlib.blake2b(text.encode(), digest_size=8, key=b"1337").digest()
-            split = "val" if int.from_bytes(checksum) / 2**64 < val_fraction else "train"
-        yield split, text, ends
-        if ends:
-            split = None
+# -- files --
 
 
-def split_at_end(texts: Iterator, room: int) -> Pieces:
-    """Send the end of the joined texts to val, from the last line that begins in room bytes on."""
-    split = "train"
-    for text, ends in texts:
-        data = text.encode()
-        if split == "train" and len(data) > room:
-            cut = data.rfind(b"\n", 0, room) + 1
-            yield "train", data[:cut].decode(), True
-            split = "val"
-            text = data[cut:].decode()
-        room -= len(data)
-        yield split, text, ends
+def read_own_files(args: argparse.Namespace) -> Documents:
+    """Read the files and folders that the command line names."""
+    pattern = args.pattern or "*.txt"
+    val_fraction = 0.1 if args.val_fraction is None else args.val_fraction
+    if not 0 < val_fraction < 1:
+        raise SystemExit(f"error: --val_fraction must be between 0 and 1, got {val_fraction}")
+    files = find_files(args.what, pattern)
+    if args.val is None:
+        return split_documents(files, args.separator, val_fraction)
+    val_files = find_files(args.val, pattern)
+    held_out = set(val_files)
+    files = [path for path in files if path not in held_out]
+    return read_splits(files, val_files, args.separator)
 
 
-def write_bins(pieces: Pieces, folder: Path, encoding, dtype: np.dtype, workers: int) -> dict:
-    """Write train.bin and val.bin, with <|endoftext|> after every document, and return sizes."""
-    counts = {split: dict(documents=0, bytes=0, tokens=0) for split in ("train", "val")}
-    is_open = dict(train=False, val=False)  # whether there is text since the last end
-    bar = tqdm(desc="tokenizing", unit="B", unit_scale=True)
-    with open(folder / "train.bin", "wb") as train_file, open(folder / "val.bin", "wb") as val_file:
-        while group := list(islice(pieces, 256)):
-            # Threads tokenize the texts of a group. An <|endoftext|> in them is ordinary text.
-            texts = [text for _, text, _ in group]
-            encoded = encoding.encode_ordinary_batch(texts, num_threads=workers)
-            for (split, text, ends), ids in zip(group, encoded, strict=True):
-                is_open[split] |= text != ""
-                if ends and is_open[split]:
-                    ids.append(encoding.eot_token)
-                    counts[split]["documents"] += 1
-                    is_open[split] = False
-                file = train_file if split == "train" else val_file
-                file.write(np.array(ids, dtype))
-                counts[split]["bytes"] += len(text.encode())
-                counts[split]["tokens"] += len(ids)
-            bar.update(counts["train"]["bytes"] + counts["val"]["bytes"] - bar.n)
-    for split, count in counts.items():
-        if count["bytes"] == 0:
-            raise UserError(f"no text is left for {split}: give more text")
-        count["sha256"] = file_sha256(folder / f"{split}.bin")
-    return counts
+def find_files(paths: list, pattern: str, skipped: tuple = ()) -> list[Path]:
+    """List the given files, and those in the given folders whose names match the pattern.
+
+    In a folder, everything that is hidden, or in a folder with a skipped name, is left out.
+    """
+    files = set()  # so that a file counts once, even if it is named twice
+    for path in paths:
+        path = Path(path).expanduser()
+        found = [path] if path.is_file() else []
+        for file in path.rglob(pattern):
+            names = file.relative_to(path).parts
+            is_left_out = any(name.startswith(".") or name in skipped for name in names)
+            if file.is_file() and not is_left_out:
+                found.append(file)
+        if not found:
+            raise SystemExit(f"error: {path} does not exist, or has no {pattern} in it")
+        files.update(file.resolve() for file in found)
+    # The files of a folder come before those of its subfolders.
+    return sorted(files, key=lambda path: (path.parent, path.name))
+
+
+def read_documents(files: list[Path], separator: str | None) -> Iterator[str]:
+    """Yield the documents in files: each file is one, unless separator lines divide it."""
+    for path in files:
+        try:
+            # utf-8-sig drops the mark that Windows may write at the start of a file. Lines end
+            # with "\n", and any "\r" in front of it is kept: it is part of the text.
+            with open(path, encoding="utf-8-sig", newline="\n") as file:
+                if separator is None:
+                    yield file.read()
+                else:
+                    yield from split_at_lines(file, separator)
+        except (OSError, UnicodeError) as error:
+            raise SystemExit(f"error: cannot read {path} as UTF-8 text: {error}") from None
+
+
+def split_at_lines(file, separator: str) -> Iterator[str]:
+    """Yield what stands between separator lines, without reading all of a large file at once."""
+    lines = []
+    for line in file:
+        if line.rstrip("\r\n") == separator:
+            yield "".join(lines).strip()
+            lines = []
+        else:
+            lines.append(line)
+    yield "".join(lines).strip()
+
+
+def read_splits(train_files: list[Path], val_files: list[Path], separator: str | None) -> Documents:
+    """Read files that are all for training or all for validation."""
+    for text in read_documents(train_files, separator):
+        yield "train", text
+    for text in read_documents(val_files, separator):
+        yield "val", text
+
+
+def split_documents(files: list[Path], separator: str | None, val_fraction: float) -> Documents:
+    """Hold out a fraction of the documents or, if there are fewer than 100, the end of the text."""
+    lengths = [len(text) for text in read_documents(files, separator) if text]
+    if len(lengths) >= 100:
+        for text in read_documents(files, separator):
+            # A checksum decides, so that copies of a document are never in different splits. It
+            # covers 65,536 characters, and the rest of the line in which these end: so it keeps
+            # the split of earlier versions, and with it all published losses.
+            end = text.find("\n", 65_536) + 1
+            beginning = text[:end] if end > 0 else text
+            checksum = hashlib.blake2b(beginning.encode(), digest_size=8, key=b"1337").digest()
+            is_val = int.from_bytes(checksum) / 2**64 < val_fraction
+            yield "val" if is_val else "train", text
+        return
+    room = int((1 - val_fraction) * sum(lengths))  # characters left for train
+    for text in read_documents(files, separator):
+        yield "train", text[:room]
+        yield "val", text[room:]
+        room = max(0, room - len(text))
+
+
+# -- downloads --
+
+
+def download(url: str, sha256: str | None = None) -> Path:
+    """Download a file to data/downloads/, unless it is there, continuing an earlier attempt."""
+    path = DATA / "downloads" / url.split("/")[-1]
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(f"{path}.partial")
+    try:
+        with open(partial, "ab") as file:
+            start = max(0, file.tell() - 1)  # one byte back: a server refuses to send nothing
+            request = Request(url, headers={"Range": f"bytes={start}-"})
+            with urlopen(request, timeout=60) as response:
+                if response.status != 206:  # it sends the whole file
+                    start = 0
+                file.truncate(start)
+                length = response.headers["Content-Length"]  # some servers do not tell it
+                size = start + int(length) if length else None
+                with tqdm.wrapattr(response, "read", size, initial=start, desc=path.name) as body:
+                    shutil.copyfileobj(body, file)
+        if size and partial.stat().st_size < size:
+            raise ConnectionError("the connection was lost")
+    except (OSError, HTTPException) as error:
+        advice = f"run the command again to continue, or delete {partial} to start over"
+        raise SystemExit(f"error: {url}: {error}; {advice}") from None
+    if sha256 and file_sha256(partial) != sha256:
+        partial.unlink()
+        raise SystemExit(f"error: {url} came with a wrong checksum; run the command again")
+    return partial.rename(path)
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# -- tokens --
 
 
 def get_encoding(name: str) -> tiktoken.Encoding:
-    """Return a tiktoken encoding, or for "bytes" one in which every byte is a token."""
+    """Return a tokenizer of tiktoken's, or for "bytes" one in which every byte is a token."""
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
         end = {END_OF_TEXT: 256}
         return tiktoken.Encoding(name, pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=end)
     try:
-        encoding = tiktoken.get_encoding(name)  # fetches the vocabulary when first used
-    except (OSError, ValueError) as error:
-        raise UserError(f"no encoding {name!r} ({error}): is TIKTOKEN_CACHE_DIR set?") from error
-    if END_OF_TEXT not in encoding.special_tokens_set:
-        raise UserError(f"the encoding {name!r} has no {END_OF_TEXT}, choose another")
-    return encoding
+        return tiktoken.get_encoding(name)  # downloads the vocabulary when first used
+    except OSError as error:
+        raise SystemExit(f"error: cannot load the encoding {name}: {error}") from None
+
+
+def write_bins(
+    train_path: Path, val_path: Path, documents: Documents, encoding, dtype, n_documents: int | None
+) -> dict:
+    """Tokenize documents into one file for each split, and count what is in them."""
+    splits = {split: {"documents": 0, "bytes": 0, "tokens": 0} for split in ("train", "val")}
+    bar = tqdm(desc="tokenizing", unit=" documents", total=n_documents, delay=1)
+    with open(train_path, "wb") as train_file, open(val_path, "wb") as val_file, bar:
+        while group := list(islice(documents, 256)):  # enough to keep all cores busy
+            texts = [text for _, text in group]
+            # In these texts <|endoftext|> is text like any other, not the token.
+            encoded = encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+            for (split, text), ids in zip(group, encoded, strict=True):
+                if text:
+                    ids.append(encoding.eot_token)
+                    file = train_file if split == "train" else val_file
+                    file.write(np.array(ids, dtype))
+                    splits[split]["documents"] += 1
+                    splits[split]["bytes"] += len(text.encode())
+                    splits[split]["tokens"] += len(ids)
+            bar.update(len(group))
+    for split, path in (("train", train_path), ("val", val_path)):
+        if splits[split]["documents"] == 0:
+            raise SystemExit(f"error: there is no text for {split}")
+        splits[split]["sha256"] = file_sha256(path)
+    return splits
 
 
 def open_dataset(name: str) -> tuple[dict, np.ndarray, np.ndarray]:
-    """Return meta.json and the ids of train and val, which are read when they are needed."""
+    """Return meta.json and the ids of train and val, which stay on the disk until they are used."""
     folder = DATA / name
-    what = name if name in KNOWN else f"FILES --name {name}"
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        train = np.memmap(folder / "train.bin", meta["dtype"], "r")
-        val = np.memmap(folder / "val.bin", meta["dtype"], "r")
-        splits = meta["splits"]
-        if splits["train"]["tokens"] != len(train) or splits["val"]["tokens"] != len(val):
-            raise ValueError("a file has another length than meta.json says")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"no dataset in {folder} ({error}): python prepare.py {what}") from error
-    return meta, train, val
+    what = name if name in DATASETS else f"FILES --name {name}"
+    if not (folder / "meta.json").exists():
+        raise SystemExit(f"error: there is no dataset in {folder}: run python prepare.py {what}")
+    meta = json.loads((folder / "meta.json").read_text())
+    splits = []
+    for split, counts in meta["splits"].items():
+        path = folder / f"{split}.bin"
+        size = counts["tokens"] * np.dtype(meta["dtype"]).itemsize
+        if not path.exists() or path.stat().st_size != size:
+            raise SystemExit(f"error: {path} is damaged: run python prepare.py {what}")
+        splits.append(np.memmap(path, meta["dtype"], "r"))
+    train_tokens, val_tokens = splits
+    return meta, train_tokens, val_tokens
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(usage=__doc__)
-    parser.add_argument("what", nargs="+", help=f"{', '.join(KNOWN)}; or files and folders")
-    parser.add_argument("--name", help="what to call your own text; data/NAME is replaced")
-    parser.add_argument("--encoding", help="bytes, gpt2, cl100k_base ... (default: see README)")
-    parser.add_argument("--pattern", default="*.txt", help="files of a folder to take")
-    parser.add_argument("--separator", help="a line between documents, as <|endoftext|>")
-    parser.add_argument("--val", nargs=1, default=[], help="file or folder to validate on")
-    parser.add_argument("--val_fraction", type=float, default=0.1, help="default: 0.1")
-    parser.add_argument("--workers", type=int, help="threads that tokenize")
+    add = parser.add_argument
+    add("what", nargs="+", help="one of the datasets above, or your own files and folders")
+    add("--name", help="name of the dataset, which replaces one of the same name (default: WHAT)")
+    names = ["bytes", *tiktoken.list_encoding_names()]
+    add("--encoding", choices=names, help="default: gpt2, but bytes for stdlib and shakespeare")
+    own = parser.add_argument_group("for your own text")
+    own.add_argument("--pattern", help="files to read in folders (default: *.txt)")
+    own.add_argument("--separator", help="line between documents (default: a file is a document)")
+    held_out = own.add_mutually_exclusive_group()
+    held_out.add_argument("--val", action="append", help="file or folder to hold out, or several")
+    held_out.add_argument("--val_fraction", type=float, help="how much to hold out (default: 0.1)")
     args = parser.parse_args(arguments)
-    is_known = len(args.what) == 1 and args.what[0] in KNOWN and not args.val
-    known = args.what[0] if is_known else None
-    name = args.name or known or ""
-    if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
-        raise UserError("give your text a --name, of letters, digits, '_', '.' and '-'")
-    if not 0 < args.val_fraction < 1:
-        raise UserError(f"--val_fraction must lie between 0 and 1, got {args.val_fraction}")
-    default = "bytes" if known in ("stdlib", "shakespeare") else "gpt2"
-    encoding = get_encoding(args.encoding or default)
-    if known == "shakespeare":
-        pieces = read_shakespeare()
-    elif known == "tinystories":
-        pieces = read_tinystories()
-    elif known == "openwebtext":
-        pieces = read_openwebtext()
-    elif known == "stdlib":
-        print(f"the standard library is that of Python {sys.version.split()[0]}")
-        files = find_files([sysconfig.get_path("stdlib")], "*.py", NOT_STDLIB)
-        pieces = split_files(files, None, args.val_fraction)
+    name = args.name or args.what[0]
+    if not re.fullmatch(r"[\w-]+", name):
+        raise SystemExit("error: give the dataset a --name of letters, digits, _ and -")
+
+    n_documents = None
+    if len(args.what) == 1 and args.what[0] in DATASETS:
+        for option in ("pattern", "separator", "val", "val_fraction"):
+            if getattr(args, option) is not None:
+                raise SystemExit(
+                    f"error: {args.what[0]} has no --{option}, it is for your own text"
+                )
+        read, default_encoding, n_documents = DATASETS[args.what[0]]
+        documents = read()
     else:
-        val_files = find_files(args.val, args.pattern)
-        files = [file for file in find_files(args.what, args.pattern) if file not in val_files]
-        pieces = split_files(files, args.separator, 0 if val_files else args.val_fraction)
-        val = (("val", *text) for text in read_documents(val_files, args.separator))
-        pieces = chain(pieces, val)
-    DATA.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=DATA) as unfinished:
-        new = Path(unfinished, "new")
-        new.mkdir()
-        dtype = np.min_scalar_type(encoding.n_vocab - 1)
-        splits = write_bins(pieces, new, encoding, dtype, args.workers or os.cpu_count())
-        meta = {"name": name, "encoding": encoding.name, "vocab_size": encoding.n_vocab}
-        meta |= {"dtype": dtype.name, "splits": splits}
-        (new / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
-        # All is written, so data/NAME is never half a dataset.
-        if (DATA / name).exists():
-            (DATA / name).rename(Path(unfinished, "old"))
-        new.rename(DATA / name)
-    print(f"{DATA / name}: {splits['train']['tokens']:,} and {splits['val']['tokens']:,} tokens")
+        default_encoding = "gpt2"
+        documents = read_own_files(args)
+    encoding = get_encoding(args.encoding or default_encoding)
+    dtype = np.min_scalar_type(encoding.n_vocab - 1)  # the smallest that holds every id
+
+    # data/NAME may hold other files, such as the text itself: write these three, and touch no more.
+    folder = DATA / name
+    folder.mkdir(parents=True, exist_ok=True)
+    train_tmp = folder / "train.tmp"
+    val_tmp = folder / "val.tmp"
+    splits = write_bins(train_tmp, val_tmp, documents, encoding, dtype, n_documents)
+    meta = {
+        "name": name,
+        "encoding": encoding.name,
+        "vocab_size": encoding.n_vocab,
+        "dtype": dtype.name,
+        "splits": splits,
+    }
+    # meta.json goes first and comes back last: a folder without it is no dataset.
+    (folder / "meta.json").unlink(missing_ok=True)
+    train_tmp.replace(folder / "train.bin")
+    val_tmp.replace(folder / "val.bin")
+    (folder / "meta.tmp").write_text(json.dumps(meta, indent=2))
+    (folder / "meta.tmp").replace(folder / "meta.json")
+    for split, counts in splits.items():
+        print(
+            f"{folder}/{split}.bin: {counts['documents']:,} documents, {counts['tokens']:,} tokens"
+        )
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

@@ -1,22 +1,21 @@
 """Train a DAG-MoE on a dataset that prepare.py has made.
 
     python train.py configs/quickstart.toml
-    python train.py --resume --out_dir=out/quickstart --max_steps=8000
+    python train.py configs/quickstart.toml --aggregator=sum --out_dir=out/sum
+    python train.py --resume=out/quickstart --max_steps=8000
     torchrun --standalone --nproc_per_node=8 train.py configs/owt.toml
 
-The settings are the fields of TrainConfig, below, and of ModelConfig, in model.py. A config
-file overrides their defaults, and --key=value overrides the file. A run writes log.csv, ckpt.pt,
-to go on from with --resume, and best.pt, the weights of the lowest validation loss so far.
+The settings are the fields of TrainConfig, below, and of ModelConfig, in model.py. A config file
+overrides their defaults, and --key=value overrides the file. With every evaluation a run saves
+log.csv, ckpt.pt, from which --resume continues, and, if the validation loss is the lowest so far,
+best.pt. Ctrl-C ends a run; what it did since the last evaluation is lost.
 """
 
+import argparse
 import csv
-import difflib
-import gc
 import inspect
 import math
 import os
-import shlex
-import signal
 import sys
 import time
 import tomllib
@@ -26,152 +25,146 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-import prepare
 from model import GPT, ModelConfig
-from prepare import UserError, atomic_write, open_dataset
+from prepare import open_dataset
 
-VERSION = "0.3"  # of the contents of checkpoints
+VERSION = "0.4"  # of the contents of checkpoints
+
+# torchrun starts several processes and numbers them. Without it there is one, number 0.
+RANK = int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     dataset: str = "stdlib"  # folder below data/, made by prepare.py
-    out_dir: str = "out/default"  # new folder for the results; out/NAME with configs/NAME.toml
-    resume: bool = False  # go on from out_dir/ckpt.pt, with the settings that are stored there
-    init_from: str = ""  # out/OTHER: start from its best weights, which may gain a graph
+    out_dir: str = "out/default"  # folder for the results; out/NAME with configs/NAME.toml
+    resume: str = ""  # out_dir of a run to continue, with the settings that are stored there
+    init_from: str = ""  # out_dir of a run whose best weights to start from; they may gain a graph
     max_steps: int = 1000  # optimizer steps
-    batch_size: int = 16  # sequences of block_size tokens per micro-step
-    grad_accum: int = 1  # micro-steps per optimizer step, of all processes together
+    batch_size: int = 16  # sequences of block_size tokens per micro-batch
+    grad_accum: int = 1  # micro-batches per optimizer step, of all processes together
     seed: int = 1337  # decides the first weights and the order of the data
     learning_rate: float = 1e-3  # peak, reached after the warm-up
-    min_lr: float = 1e-4  # what it has fallen to at max_steps, along a cosine
-    warmup_steps: int = 100  # steps in which it rises linearly from zero
+    min_lr: float = 1e-4  # reached at max_steps, along a cosine
+    warmup_steps: int = 100  # steps in which the learning rate rises linearly from zero
     weight_decay: float = 0.1  # of AdamW, for matrices only
     grad_clip: float = 1.0  # largest norm of the gradient; 0 means no limit
     balance_coef: float = 0.01  # weight of the balance loss, which spreads tokens over experts
     z_coef: float = 0.001  # weight of the z-loss, which keeps the router's logits small
-    eval_interval: int = 200  # steps between evaluations, each of which saves the run
-    eval_tokens: int = 100_000  # validation tokens to read each time
+    eval_interval: int = 200  # steps between evaluations, each of which saves a checkpoint
+    eval_tokens: int = 100_000  # validation tokens per evaluation
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes the fastest there is
-    dtype: str = "auto"  # of matrix products: float32 or bfloat16; auto takes the latter on CUDA
+    dtype: str = "auto"  # of matrix products: float32 or bfloat16; auto: bfloat16 on CUDA
     compile: bool = False  # torch.compile: a slow start, then faster steps in bfloat16
 
-    def __post_init__(self):
-        at_least_one = ("max_steps", "batch_size", "grad_accum", "eval_interval", "eval_tokens")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            least = 1 if field.name in at_least_one else 0
-            if field.type in (int, float) and not least <= value < 2**31:
-                raise ValueError(f"{field.name} must be {least} or more, below 2**31, got {value}")
-        if self.min_lr > self.learning_rate:
-            raise ValueError(f"min_lr ({self.min_lr}) exceeds learning_rate {self.learning_rate}")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"dtype must be auto, float32 or bfloat16, got {self.dtype!r}")
+
+# -- settings --
 
 
-SETTING_TYPES = TrainConfig.__annotations__ | ModelConfig.__annotations__
-BOOLEANS = {"true": True, "false": False}
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError  # argparse reports it
+    return text.lower() == "true"
 
 
-def convert(key: str, value) -> bool | int | float | str:
-    """Turn the value of a setting, typed or from a TOML file, into the type of its field."""
-    if key not in SETTING_TYPES:
-        nearest = difflib.get_close_matches(key, SETTING_TYPES, n=1, cutoff=0)[0]
-        raise UserError(f"unknown setting {key}={value}, did you mean {nearest}?")
-    kind = SETTING_TYPES[key]
-    try:
-        if kind is bool:
-            return BOOLEANS[str(value).lower()]
-        return kind(str(value))  # str() first, because int(1.5) would round
-    except (KeyError, ValueError):
-        raise UserError(f"{key} must be of type {kind.__name__}, got {value!r}") from None
-
-
-def read_settings(words: list[str]) -> dict:
-    """Collect the settings of a command line: those of config files, then --key=value."""
-    typed = {}
-    from_files = {"out_dir": TrainConfig.out_dir}
-    words = list(words)
-    while words:
-        word = words.pop(0)
-        if word.startswith("--"):
-            key, equals, value = word.removeprefix("--").partition("=")
-            if not equals:
-                # The next word is the value, unless a --compile stands alone and means true.
-                is_bare = not words or (SETTING_TYPES.get(key) is bool and words[0] not in BOOLEANS)
-                value = "true" if is_bare else words.pop(0)
-            typed[key] = value
-        else:
-            from_files["out_dir"] = f"out/{Path(word).stem}"
-            try:
-                from_files |= tomllib.loads(Path(word).read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise UserError(f"cannot read the config file {word}: {error}") from error
-    settings = from_files | typed
-    return {key: convert(key, value) for key, value in settings.items()}
+def parse_settings(arguments: list[str] | None = None) -> dict:
+    """Return the settings given in config files and on the command line, which takes precedence."""
+    parser = argparse.ArgumentParser(
+        usage="train.py [CONFIG.toml ...] [--key=value ...]",
+        description=__doc__ + inspect.getsource(TrainConfig) + inspect.getsource(ModelConfig),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # return only what is given
+        allow_abbrev=False,
+    )
+    parser.add_argument("configs", nargs="*", type=Path, default=[])
+    for f in (*fields(TrainConfig), *fields(ModelConfig)):
+        kind = boolean if f.type is bool else f.type
+        parser.add_argument(f"--{f.name}", type=kind, help=argparse.SUPPRESS)
+    typed = sys.argv[1:] if arguments is None else arguments
+    given = parser.parse_intermixed_args(typed)
+    if given.configs and "resume" in given:
+        raise SystemExit("error: --resume brings its own settings, so leave out the config file")
+    # Settings in a config file count as if they were typed, but earlier.
+    from_files = []
+    for path in given.configs:
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"error: cannot read {path}: {error}") from None
+        from_files.append(f"--out_dir=out/{path.stem}")
+        from_files += [f"--{name}={value}" for name, value in table.items()]
+    settings = vars(parser.parse_intermixed_args([*from_files, *typed]))
+    del settings["configs"]
+    return settings
 
 
 def make_config(config_class: type, settings: dict):
-    """Build a TrainConfig or ModelConfig from those settings that are fields of it."""
-    own = {key: settings[key] for key in config_class.__annotations__ if key in settings}
+    """Build a TrainConfig or a ModelConfig from those settings that are fields of it."""
+    own = {f.name: settings[f.name] for f in fields(config_class) if f.name in settings}
     try:
         return config_class(**own)
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise SystemExit(f"error: {error}") from None
 
 
-def read_windows(tokens, offsets, model_config: ModelConfig, device: torch.device) -> torch.Tensor:
-    """Stack the windows of ids that begin at the offsets: (offsets, block_size + 1)."""
-    length = model_config.block_size + 1
-    windows = np.stack([tokens[start : start + length] for start in offsets]).astype(np.int64)
-    # A GPU would answer an id that has no embedding with a riddle.
-    if windows.max() >= model_config.vocab_size:
-        raise UserError("the data has ids beyond vocab_size: prepare it again")
-    batch = torch.from_numpy(windows)
-    if device.type == "cuda":
-        batch = batch.pin_memory()  # so that the GPU can fetch it by itself
-    return batch.to(device, non_blocking=True)
+# -- data --
 
 
-def get_batch(tokens, config, model_config, device, step: int, rank: int, ranks: int) -> list:
-    """Return this rank's micro-batches of a step, which the seed and the step alone decide."""
-    generator = np.random.default_rng((config.seed, step))
+def read_windows(tokens, starts, block_size: int, device: torch.device) -> Tensor:
+    """Stack windows of token ids, one per start: (len(starts), block_size + 1)."""
+    windows = np.stack([tokens[start : start + block_size + 1] for start in starts])
+    return torch.from_numpy(windows.astype(np.int64)).to(device)
+
+
+def get_batch(tokens, step: int, config: TrainConfig, block_size: int, device) -> list[Tensor]:
+    """Return this process's micro-batches for a step, each (batch_size, block_size + 1).
+
+    Seed and step alone decide the batch. It is drawn for all processes and then dealt out, so two
+    processes with two micro-batches each see what one process with four of them sees.
+    """
+    rng = np.random.default_rng((config.seed, step))
     shape = (config.grad_accum, config.batch_size)
-    offsets = generator.integers(0, len(tokens) - model_config.block_size, size=shape)
-    # Drawn for all ranks, then dealt out: two ranks with two each see what one with four sees.
-    return [read_windows(tokens, row, model_config, device) for row in offsets[rank::ranks]]
+    starts = rng.integers(0, len(tokens) - block_size, shape)
+    return [read_windows(tokens, row, block_size, device) for row in starts[RANK::WORLD_SIZE]]
+
+
+# -- device, optimizer and learning rate --
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of this name, or for "auto" a GPU if there is one, else the CPU."""
+    """Return the device of this name; for "auto" a GPU if there is one, else the CPU."""
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         name = accelerator.type if accelerator else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun: a GPU for each process
     try:
-        if name == "cuda":
-            # torchrun numbers the processes of a machine, so that each takes a GPU of its own.
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError, AttributeError) as error:
-        raise UserError(f"there is no device {name!r} here, try --device=cpu") from error
+        device = torch.zeros(1, device=name).device  # an unusable device fails here
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise SystemExit(f"error: cannot compute on device {name}: {reason}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
-def autocast(device: torch.device, dtype: str = "auto") -> torch.autocast:
-    """Make a context in which matrix products are in bfloat16, if wanted; weights stay float32."""
-    if dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(False):
-        dtype = "bfloat16"
+def choose_dtype(name: str, device: torch.device) -> str:
+    """Return the dtype of this name; for "auto" bfloat16 on a GPU that has it, else float32."""
+    if name != "auto":
+        return name
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if has_bfloat16 else "float32"
+
+
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """Return a context for matrix products in this dtype; weights stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
-
-
-def get_learning_rate(step: int, config: TrainConfig) -> float:
-    """Rise linearly during the warm-up, then fall to min_lr along half a cosine."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    height = 0.5 * (1 + math.cos(math.pi * progress))  # from 1 down to 0
-    return config.min_lr + height * (config.learning_rate - config.min_lr)
 
 
 def make_optimizer(model: GPT, weight_decay: float) -> torch.optim.AdamW:
@@ -182,259 +175,299 @@ def make_optimizer(model: GPT, weight_decay: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.95), fused=True)
 
 
+def get_learning_rate(step: int, config: TrainConfig) -> float:
+    """Rise linearly during the warm-up, then fall to min_lr along half a cosine."""
+    # AdamW scales its steps by averages of past gradients. The first averages are noisy, so the
+    # first steps are small.
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))  # from 1 down to 0
+    return config.min_lr + cosine * (config.learning_rate - config.min_lr)
+
+
+# -- training and evaluation --
+
+
+def train_step(
+    network, optimizer, batch: list[Tensor], config: TrainConfig, learning_rate: float, amp
+) -> tuple[float, float]:
+    """Take one optimizer step, and return the mean cross-entropy and the gradient's norm."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    mean_loss = torch.zeros((), device=batch[0].device)
+    # A large batch may not fit in memory, but the gradient of a mean is the mean of the gradients:
+    # so take the batch in parts, and let their gradients add up.
+    for i, tokens in enumerate(batch):
+        if WORLD_SIZE > 1:
+            # DDP averages the gradients of all processes, but once is enough: after the last part.
+            network.require_backward_grad_sync = i == len(batch) - 1
+        with amp:
+            out = network(tokens[:, :-1], tokens[:, 1:])
+        loss = out.loss + config.balance_coef * out.balance_loss + config.z_coef * out.z_loss
+        (loss / len(batch)).backward()
+        mean_loss += out.loss.detach() / len(batch)
+    # Clip, because one odd batch with a huge gradient could undo what hundreds have taught.
+    grad_norm = clip_grad_norm_(network.parameters(), config.grad_clip or math.inf)
+    optimizer.step()
+    optimizer.zero_grad()
+    if WORLD_SIZE > 1:
+        dist.all_reduce(mean_loss)
+    return mean_loss.item() / WORLD_SIZE, grad_norm.item()
+
+
 @torch.no_grad()
-def evaluate(model: GPT, tokens, config: TrainConfig, cast, rank=0, ranks=1) -> list[float]:
+def evaluate(model: GPT, tokens, config: TrainConfig, amp) -> list[float]:
     """Return the mean cross-entropy, balance loss and z-loss over evenly spaced windows."""
+    device = model.embed.weight.device
     block_size = model.config.block_size
     count = max(1, min(config.eval_tokens, len(tokens) - 1) // block_size)
-    offsets = np.linspace(0, len(tokens) - block_size - 1, count).astype(np.int64)
-    means = torch.zeros(3, device=model.embed.weight.device)
-    for start in range(rank * config.batch_size, count, ranks * config.batch_size):
-        part = offsets[start : start + config.batch_size]
-        batch = read_windows(tokens, part, model.config, means.device)
-        with cast:
+    starts = np.linspace(0, len(tokens) - block_size - 1, count).astype(np.int64)
+    means = torch.zeros(3, device=device)
+    model.eval()  # changes nothing here, but does as soon as you add dropout
+    for first in range(0, count, config.batch_size):
+        part = starts[first : first + config.batch_size]
+        batch = read_windows(tokens, part, block_size, device)
+        with amp:
             out = model(batch[:, :-1], batch[:, 1:])
-        means += torch.stack([out.loss, out.balance_loss, out.z_loss]) * len(batch) / count
-    if ranks > 1:
-        dist.all_reduce(means)
+        means += torch.stack([out.loss, out.balance_loss, out.z_loss]) * len(part) / count
+    model.train()
     return means.tolist()
 
 
+# -- checkpoints --
+
+
+def save_run(out_dir: Path, model: GPT, optimizer, step: int, log: list, config, meta) -> None:
+    """Save ckpt.pt, log.csv and, if the validation loss has never been lower, best.pt.
+
+    Each is written beside and then renamed, so none of them is ever half a file.
+    """
+    checkpoint = {
+        "version": VERSION,
+        "data": meta,
+        "train_config": asdict(config),
+        "model_config": asdict(model.config),
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        "log": log,
+    }
+    unfinished = out_dir / "ckpt.tmp"
+    if unfinished.exists() or (step == 0 and (out_dir / "ckpt.pt").exists()):
+        raise SystemExit(f"error: another run has started in {out_dir}")
+    torch.save(checkpoint, unfinished)
+    if log[-1]["val_loss"] == min(row["val_loss"] for row in log):
+        torch.save(checkpoint | {"optimizer": None}, out_dir / "best.tmp")
+        (out_dir / "best.tmp").replace(out_dir / "best.pt")
+    with open(out_dir / "log.tmp", "w", newline="") as file:
+        writer = csv.DictWriter(file, log[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(log)
+    (out_dir / "log.tmp").replace(out_dir / "log.csv")
+    unfinished.replace(out_dir / "ckpt.pt")
+
+
 def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint file, or the best one of a run's folder, without executing code in it."""
+    """Load a checkpoint file, or the best one in the folder of a run."""
     path = path.expanduser()
     if path.is_dir():
-        path = path / "best.pt" if (path / "best.pt").exists() else path / "ckpt.pt"
+        path = path / "best.pt"
+    if not path.exists():
+        raise SystemExit(f"error: there is no checkpoint {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         version = checkpoint["version"]
-    except Exception as error:  # of many kinds, if the file is missing, damaged, or something else
-        raise UserError(f"{path} is not a checkpoint of train.py: {error!r:.120}") from error
+    except Exception:  # of many kinds, if the file is damaged or something else
+        raise SystemExit(f"error: {path} is not a checkpoint of train.py") from None
     if version != VERSION:
-        raise UserError(f"{path} is of version {version}, and this is version {VERSION}")
+        raise SystemExit(f"error: {path} is of version {version}, and this is {VERSION}")
     return checkpoint
 
 
-def main() -> None:
-    # -- settings --
-    if "--help" in sys.argv:
-        print(__doc__, inspect.getsource(TrainConfig), inspect.getsource(ModelConfig), sep="\n")
-        return
-    settings = read_settings(sys.argv[1:])
-    out_dir = Path(settings["out_dir"]).expanduser()
-    checkpoint = None  # what the run starts from, unless it is a fresh one
+def load_weights(model: GPT, weights: dict[str, Tensor]) -> None:
+    """Load the weights of a checkpoint. A graph that it lacks stays new: it does nothing yet."""
+    here = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    there = {name: tuple(weight.shape) for name, weight in weights.items()}
+    for name in here | there:
+        is_new_graph = ".aggregate." in name and name not in there
+        if here.get(name) != there.get(name) and not is_new_graph:
+            shapes = f"{there.get(name)} in the checkpoint and {here.get(name)} in this model"
+            raise SystemExit(f"error: {name} has the shape {shapes}")
+    model.load_state_dict(weights, strict=False)
+
+
+# -- a run --
+
+
+def find_start(settings: dict) -> tuple[dict, dict | None]:
+    """Return all settings, and the checkpoint to resume or to start from, if there is one."""
     if settings.get("resume"):
-        checkpoint = load_checkpoint(out_dir / "ckpt.pt")
-        stored = checkpoint["train_config"] | checkpoint["model_config"]
-        # With any of these changed it would be a different run.
-        for key in ["dataset", "seed", "batch_size", "grad_accum", *checkpoint["model_config"]]:
-            if settings.get(key, stored[key]) != stored[key]:
-                raise UserError(f"{out_dir} was begun with {key}={stored[key]}, so keep it")
-        settings = stored | settings
-    elif (out_dir / "ckpt.pt").exists():
-        raise UserError(f"{out_dir} exists: --resume it, or choose another --out_dir")
-    elif settings.get("init_from"):
+        folder = settings["resume"]
+        checkpoint = load_checkpoint(Path(folder) / "ckpt.pt")
+        stored = checkpoint["train_config"] | checkpoint["model_config"] | {"out_dir": folder}
+        # With another value for one of these it would be another run.
+        fixed = ["dataset", "out_dir", "init_from", "seed", "batch_size", "grad_accum"]
+        fixed += ["weight_decay", *checkpoint["model_config"]]
+        for name in fixed:
+            if settings.get(name, stored[name]) != stored[name]:
+                raise SystemExit(f"error: {folder} was started with {name}={stored[name]}")
+        return stored | settings, checkpoint
+    if settings.get("init_from"):
         checkpoint = load_checkpoint(Path(settings["init_from"]))
-        settings = checkpoint["model_config"] | settings
+        return checkpoint["model_config"] | settings, checkpoint
+    return settings, None
+
+
+def check_run(config: TrainConfig, model_config: ModelConfig, meta: dict, checkpoint) -> None:
+    """Exit if these settings, this dataset and this checkpoint do not go together."""
+    for name, value in vars(config).items():
+        least = 0 if name in ("seed", "warmup_steps") else 1
+        if type(value) is int and value < least:
+            raise SystemExit(f"error: {name} must be at least {least}, got {value}")
+    if config.min_lr > config.learning_rate:
+        numbers = f"{config.min_lr}, learning_rate is {config.learning_rate}"
+        raise SystemExit(f"error: min_lr must not exceed learning_rate: {numbers}")
+    if config.dtype not in ("auto", "float32", "bfloat16"):
+        raise SystemExit(f"error: dtype must be auto, float32 or bfloat16, got {config.dtype}")
+    if not config.resume and (Path(config.out_dir).expanduser() / "ckpt.pt").exists():
+        raise SystemExit(f"error: {config.out_dir} holds a run: --resume it, or change --out_dir")
+    if config.grad_accum % WORLD_SIZE != 0:
+        numbers = f"{config.grad_accum} micro-batches, {WORLD_SIZE} processes"
+        raise SystemExit(f"error: grad_accum is not a multiple of the processes: {numbers}")
+    if checkpoint:
+        theirs = checkpoint["data"]["encoding"]
+        if theirs != meta["encoding"]:
+            raise SystemExit(
+                f"error: the data is in {meta['encoding']}, the checkpoint in {theirs}"
+            )
+        if checkpoint["model_config"]["tie_embeddings"] != model_config.tie_embeddings:
+            raise SystemExit("error: tie_embeddings is not what it is in the checkpoint")
+    if config.resume:
+        if checkpoint["data"] != meta:
+            raise SystemExit(f"error: {config.dataset} has changed since {config.resume} was saved")
+        if config.max_steps <= checkpoint["step"]:
+            raise SystemExit(f"error: {config.resume} has made {checkpoint['step']} steps already")
+    if model_config.vocab_size < meta["vocab_size"]:
+        numbers = f"{meta['vocab_size']}, got {model_config.vocab_size}"
+        raise SystemExit(f"error: {config.dataset} needs a vocab_size of at least {numbers}")
+    for split, counts in meta["splits"].items():
+        if counts["tokens"] <= model_config.block_size:
+            numbers = f"{counts['tokens']} tokens, block_size is {model_config.block_size}"
+            raise SystemExit(
+                f"error: the {split} split of {config.dataset} is too short: {numbers}"
+            )
+
+
+def count_parameters(model: GPT) -> tuple[int, int]:
+    """Return the number of parameters, and how many of them a token uses: K of E experts."""
+    total = sum(weight.numel() for weight in model.parameters())
+    experts = sum(w.numel() for name, w in model.named_parameters() if ".experts." in name)
+    used = experts * model.config.top_k // model.config.n_expert
+    return total, total - experts + used
+
+
+def print_plan(config: TrainConfig, model: GPT, device, dtype: str, n_tokens: int) -> None:
+    """Print what a run computes on, how large its model is, and how much it reads."""
+    total, active = count_parameters(model)
+    step_tokens = config.grad_accum * config.batch_size * model.config.block_size
+    passes = config.max_steps * step_tokens / n_tokens
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    print(f"{name}, {dtype}; {total:,} parameters, a token uses {active:,}")
+    print(
+        f"{config.max_steps:,} steps of {step_tokens:,} tokens, {passes:.1f} passes over the data"
+    )
+
+
+def main(arguments: list[str] | None = None, make_model=GPT) -> None:
+    settings, checkpoint = find_start(parse_settings(arguments))
     config = make_config(TrainConfig, settings)
-
-    # -- ranks and device --
-    # torchrun starts several processes, called ranks, and tells each its number.
-    rank = int(os.environ.get("RANK", 0))
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if config.grad_accum % ranks != 0:
-        raise UserError(f"grad_accum={config.grad_accum} is not a multiple of {ranks} processes")
-    device = choose_device(config.device)
-    cast = autocast(device, config.dtype)
-    if ranks > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-    # -- data --
-    if config.dataset == "stdlib" and ranks == 1 and not (prepare.DATA / "stdlib").exists():
-        prepare.main(["stdlib"])  # it takes a second and needs no download
     meta, train_tokens, val_tokens = open_dataset(config.dataset)
     model_config = make_config(ModelConfig, {"vocab_size": meta["vocab_size"]} | settings)
-    if model_config.vocab_size < meta["vocab_size"]:
-        raise UserError(f"{config.dataset} needs vocab_size={meta['vocab_size']} or more")
-    if min(len(train_tokens), len(val_tokens)) <= model_config.block_size:
-        raise UserError(f"a split of {config.dataset} is not longer than block_size")
-    if checkpoint and checkpoint["data"]["encoding"] != meta["encoding"]:
-        raise UserError(f"{config.dataset} is in {meta['encoding']}, which the model cannot read")
-    if config.resume and checkpoint["data"] != meta:
-        raise UserError(f"{config.dataset} has changed since {out_dir} was saved")
-    bytes_per_token = meta["splits"]["val"]["bytes"] / meta["splits"]["val"]["tokens"]
+    check_run(config, model_config, meta, checkpoint)
+
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    amp = autocast(device, dtype)
+    if WORLD_SIZE > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     # -- model and optimizer --
-    torch.manual_seed(config.seed)  # sum and dag begin alike, see GPT
-    model = GPT(model_config)
+    torch.manual_seed(config.seed)
+    model = make_model(model_config)  # lab/baselines.py makes other ones
     if checkpoint:
-        # A graph that the checkpoint does not have keeps its first weights, which do nothing yet.
-        graph = {name: w for name, w in model.state_dict().items() if ".aggregate." in name}
-        try:
-            model.load_state_dict(graph | checkpoint["model"])
-        except RuntimeError as error:
-            raise UserError(f"the weights of {config.init_from} do not fit these sizes") from error
+        load_weights(model, checkpoint["model"])
     model.to(device)
     optimizer = make_optimizer(model, config.weight_decay)
-    step = 0
-    losses = []  # of the steps since the last evaluation
-    log = []  # a row per evaluation
-    grad_norm = 0.0
+    step = 0  # optimizer steps taken
+    log = []  # the rows of log.csv, one per evaluation
     if config.resume:
         optimizer.load_state_dict(checkpoint["optimizer"])
         step = checkpoint["step"]
-        losses = checkpoint["losses"]
         log = checkpoint["log"]
-        grad_norm = checkpoint["grad_norm"]
-    network = torch.compile(model) if config.compile else model  # of the same weights
-    if ranks > 1:
-        network = torch.nn.parallel.DistributedDataParallel(network)
+    checkpoint = None  # frees its memory
+    network = torch.compile(model) if config.compile else model  # with the same weights
+    if WORLD_SIZE > 1:
+        network = DistributedDataParallel(network)
 
-    def save(name: str) -> None:
-        contents = {
-            "version": VERSION,
-            "data": meta,  # with the checksums of both splits
-            "model_config": asdict(model_config),
-            "train_config": asdict(config),
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict() if name == "ckpt.pt" else None,
-            "step": step,
-            "losses": losses,
-            "log": log,
-            "grad_norm": grad_norm,
-        }
-        with atomic_write(out_dir / name) as file:
-            torch.save(contents, file)
-
-    # -- the loop --
-    step_tokens = config.grad_accum * config.batch_size * model_config.block_size
-    if rank == 0:
-        total = sum(weight.numel() for weight in model.parameters())
-        experts = sum(w.numel() for name, w in model.named_parameters() if ".experts." in name)
-        active = total - experts + experts * model_config.top_k // model_config.n_expert
-        print(f"{total:,} parameters, {active:,} active per token, {step_tokens:,} tokens per step")
-        if config.warmup_steps >= config.max_steps:
-            print(f"the warm-up never ends: warmup_steps={config.warmup_steps}")
-        if config.compile and not cast._enabled:
-            print("--compile pays with --dtype=bfloat16 only")
-    bar = tqdm(total=config.max_steps, initial=step, disable=rank > 0)
-    if not sys.stderr.isatty():  # a log file gets a line a minute in place of the bar
-        bar.mininterval = 60
-        bar.bar_format = "step {n} of {total}{postfix}, {remaining} left\n"
-    batch = get_batch(train_tokens, config, model_config, device, step, rank, ranks)
-    signals = []  # that ask to stop: Ctrl-C, SIGTERM, a closed terminal
-
-    def receive(number: int, frame) -> None:
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)  # the second one ends the process at once
-        # Not print(), which fails if the signal comes in the middle of another print().
-        os.write(2, b"\nfinishing this step, then saving; once more to end at once\n")
-
-    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it for SIGHUP
-            signal.signal(number, receive)
-    stopping = False  # what all ranks have agreed on
-    last_step = step  # that was evaluated
-    last_time = time.perf_counter()
+    # -- training --
+    out_dir = Path(config.out_dir).expanduser()
+    block_size = model_config.block_size
+    step_tokens = config.grad_accum * config.batch_size * block_size
+    val = meta["splits"]["val"]
+    bits_per_byte = val["tokens"] / val["bytes"] / math.log(2)  # for one nat per token
+    if RANK == 0:  # it alone prints, evaluates and saves
+        out_dir.mkdir(parents=True, exist_ok=True)
+        (out_dir / "ckpt.tmp").unlink(missing_ok=True)  # a run was killed while it was saving
+        print_plan(config, model, device, dtype, len(train_tokens))
+    bar = tqdm(initial=step, total=config.max_steps, disable=RANK > 0, mininterval=1)
+    learning_rate = grad_norm = 0.0  # of the last step
+    losses = []  # since the last evaluation
+    started = time.perf_counter()
     while True:
-        # Evaluate and save, unless it was done at this very step before the run was resumed.
         is_due = step % config.eval_interval == 0 or step == config.max_steps
-        is_done = len(log) > 0 and log[-1]["step"] == step
-        if is_due and not is_done and not stopping:
-            speed = (step - last_step) * step_tokens / (time.perf_counter() - last_time)
-            val_loss, balance_loss, z_loss = evaluate(model, val_tokens, config, cast, rank, ranks)
+        is_done = len(log) > 0 and log[-1]["step"] == step  # before the run was resumed
+        if RANK == 0 and is_due and not is_done:  # the others wait in the next train_step
+            seconds = time.perf_counter() - started
+            val_loss, balance_loss, z_loss = evaluate(model, val_tokens, config, amp)
             if not math.isfinite(val_loss):
-                raise UserError(f"step {step}: the validation loss is {val_loss}")
+                raise SystemExit(f"error: the validation loss is {val_loss} at step {step}")
             row = {
                 "step": step,
                 "tokens": step * step_tokens,
-                "train_loss": sum(losses) / len(losses) if losses else None,
+                "train_loss": sum(losses) / len(losses) if losses else math.nan,
                 "val_loss": val_loss,
-                "val_bpb": val_loss / math.log(2) / bytes_per_token,
+                "val_bpb": val_loss * bits_per_byte,
                 "balance_loss": balance_loss,
                 "z_loss": z_loss,
-                "lr": get_learning_rate(step, config),
+                "lr": learning_rate,
                 "grad_norm": grad_norm,
-                "tokens_per_s": speed,
+                "tokens_per_s": len(losses) * step_tokens / seconds,
             }
             log.append(row)
+            bar.write(
+                f"step {step:>6}: validation loss {val_loss:.4f}, bits/byte {row['val_bpb']:.4f}, "
+                f"balance loss {balance_loss:.2f}, {row['tokens_per_s']:,.0f} tokens/s"
+            )
+            save_run(out_dir, model, optimizer, step, log, config, meta)
             losses = []
-            if rank == 0:
-                elapsed = tqdm.format_interval(bar.format_dict["elapsed"])
-                losses_text = f"validation loss {val_loss:.4f}, bits/byte {row['val_bpb']:.4f}"
-                bar.write(f"step {step:>6}: {losses_text}, {speed:,.0f} tokens/s, {elapsed}")
-            if rank == 0 and step > 0:  # before, there is nothing to lose
-                if val_loss == min(row["val_loss"] for row in log[1:]):
-                    save("best.pt")
-                with atomic_write(out_dir / "log.csv", "w") as file:
-                    writer = csv.DictWriter(file, row, lineterminator="\n")
-                    writer.writeheader()
-                    writer.writerows(log)
-                save("ckpt.pt")
-            last_step = step
-            last_time = time.perf_counter()
-        if stopping or step >= config.max_steps:
+            started = time.perf_counter()
+        if step == config.max_steps:
             break
 
-        # Add up gradients: a large batch in parts, each of which fits the memory.
-        for group in optimizer.param_groups:
-            group["lr"] = get_learning_rate(step, config)
-        mean_loss = torch.zeros((), device=device)
-        for i, tokens in enumerate(batch):
-            # Ranks exchange gradients once per step, after the last part: the sum is the same.
-            network.require_backward_grad_sync = i == len(batch) - 1
-            try:
-                with cast:
-                    out = network(tokens[:, :-1], tokens[:, 1:])
-                router_loss = config.balance_coef * out.balance_loss + config.z_coef * out.z_loss
-                # Divided, so that what adds up is the mean over the large batch.
-                ((out.loss + router_loss) / len(batch)).backward()
-            except torch._dynamo.exc.TorchDynamoException as error:
-                raise UserError(f"use --compile=false: cannot compile, {error!r:.100}") from error
-            mean_loss += out.loss.detach() / len(batch)
-        # A GPU is still at work on this when the CPU gets here, and loads the next batch meanwhile.
-        batch = get_batch(train_tokens, config, model_config, device, step + 1, rank, ranks)
-
-        # All ranks decide together whether to stop: the others would wait for one that left.
-        totals = torch.stack([mean_loss, torch.full_like(mean_loss, len(signals) > 0)])
-        if ranks > 1:
-            dist.all_reduce(totals)
-        train_loss = totals[0].item() / ranks
-        stopping = totals[1].item() > 0 and step + 1 < config.max_steps
-
-        # Clip, because one odd batch with a huge gradient could undo what hundreds have taught.
-        largest = config.grad_clip or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest).item()
-        if not math.isfinite(train_loss + grad_norm):
-            raise UserError(f"step {step}: loss {train_loss}, norm of the gradient {grad_norm}")
-        optimizer.step()
-        optimizer.zero_grad()  # else the next step would add its gradient to this one
+        learning_rate = get_learning_rate(step, config)
+        batch = get_batch(train_tokens, step, config, block_size, device)
+        loss, grad_norm = train_step(network, optimizer, batch, config, learning_rate, amp)
         step += 1
-        losses.append(train_loss)
-        bar.set_postfix_str(f"loss {train_loss:.3f}", refresh=False)
+        if not math.isfinite(loss):
+            raise SystemExit(f"error: the loss is {loss} at step {step}")
+        losses.append(loss)
+        bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         bar.update()
-        if rank == 0 and step == 1:  # from now on the folder is taken
-            out_dir.mkdir(parents=True, exist_ok=True)
-            save("ckpt.pt")
-
-    # -- the end --
     bar.close()
-    if rank == 0 and stopping:
-        save("ckpt.pt")
-        print(f"stopped at step {step}; go on with --resume --out_dir={shlex.quote(str(out_dir))}")
-    elif rank == 0:
-        import sample  # here, because it imports this file
-
-        try:
-            sample.main([str(out_dir), "--num_samples=2"])
-        except UserError as error:
-            print(f"no samples: {error}")
-    if ranks > 1:
-        # Were the wrapper still alive when the process group ends, the process would abort.
-        del network
-        gc.collect()
+    if WORLD_SIZE > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    prepare.run(main)
+    main()

@@ -1,157 +1,214 @@
 """What the paper compares DAG-MoE with, and DAG-MoE with one part taken out.
 
-    python -m lab.baselines lab/configs/ablation/base.toml --aggregator=mlp
+    python -m lab.baselines configs/quickstart.toml --aggregator=mlp --out_dir=out/mlp
 
-is train.py, which then knows these values of the setting `aggregator`, too:
+This is train.py with more values for --aggregator. Three of them take the place of the graph:
 
-    mlp           the weighted sum, and an ungated MLP over all K nodes
-    coe           Chain-of-Experts: two rounds of K/2 experts; the second sees what the first found
-    series        two MoEs, one after the other, without an attention between them
-    dense         no experts: one SwiGLU of hidden size K·H
-    dag_ungated   without Eq. 9: every edge is open
-    dag_self      without messages: of all edges only those from a node to itself
+    mlp           an MLP over all K nodes, without gates: the paper's control
+    dag_ungated   the graph without Eq. 9: every edge is open
+    dag_self      the graph without edges between different nodes
 
-Whoever builds such a model calls add_baselines() first.
+Three take the place of the whole MoE:
+
+    series        two MoEs, one after the other, with no attention between them
+    coe           Chain-of-Experts: two rounds of K/2 experts; the second sees the first's output
+    dense         no experts: one SwiGLU network of hidden size K·H
+
+All of them work with --shared_dim as well.
 """
 
 from dataclasses import replace
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import train
 from model import (
-    FEED_FORWARD,
+    AGGREGATORS,
+    GPT,
     NORM_EPS,
+    DAGAggregator,
     DAGLayer,
     Experts,
     ModelConfig,
     MoE,
+    Router,
+    SwiGLU,
     WeightedSum,
     pairwise,
 )
-from prepare import UserError, run
 
 
-class MLPMixing(nn.Module):
-    """The paper's ungated control adds an MLP over all nodes, n_i of Eq. 6 and z_i of Eq. 7:
+class MLPLayer(nn.Module):
+    """An MLP over all nodes of a token, which knows their order. With z_i of Eq. 7:
 
         h' = Σ_i n_i + W_up GELU(W_mix concat(z_1, ..., z_K))
 
-    Unlike in the graph, the order of the nodes counts. Departure: the norm of Eq. 7, which the
-    paper does not mention here.
+    Departure: the RMSNorm in front of W_down, which the paper has in its graph only.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         C, K, D = config.n_embd, config.top_k, config.dag_dim
         self.norm = nn.RMSNorm(C, NORM_EPS)
-        self.layers = nn.ModuleDict({"w_down": nn.Linear(C, D, bias=False)})
+        self.w_down = nn.Linear(C, D, bias=False)
         self.w_mix = nn.Linear(K * D, D, bias=False)
         self.w_up = nn.Linear(D, C, bias=False)
-        # It begins as the standard MoE, as the graph does.
-        self.w_up.weight.init_scale = 0.0
+        nn.init.zeros_(self.w_up.weight)  # so that it begins as the weighted sum, like the graph
 
-    def forward(self, h: Tensor, out: Tensor, weight: Tensor) -> Tensor:
-        """Combine h (S, C) and the outputs (S, K, C), with weights (S, K), into a new h (S, C)."""
-        S, K, C = out.shape
-        node = weight.unsqueeze(-1) * out + h.unsqueeze(1) / K  # Eq. 6
-        z = self.layers["w_down"](self.norm(node))  # Eq. 7, (S, K, D)
-        mixed = F.gelu(self.w_mix(z.flatten(1)))  # (S, D)
-        return node.sum(dim=1) + self.w_up(mixed)
-
-
-class Series(MoE):
-    """Two MoEs in series, with no attention between them, are the plain way to do two steps:
-
-    h¹ = h + Σ g E(norm(h)), h' = h¹ + Σ g' E'(norm'(h¹)).
-    """
-
-    def __init__(self, config: ModelConfig):
-        super().__init__(config, WeightedSum(config))  # the first one
-        self.second = MoE(config, WeightedSum(config))
-
-    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Take h (B, T, C) to the new h (B, T, C), and the means of both routers' aux (2)."""
-        h, first_aux = super().forward(h)
-        h, second_aux = self.second(h)
-        return h, (first_aux + second_aux) / 2
+    def forward(self, node: Tensor) -> Tensor:
+        """Update all nodes: (S, K, C) → (S, K, C)."""
+        K = node.shape[1]
+        z = self.w_down(self.norm(node))  # Eq. 7, (S, K, D)
+        mixed = self.w_up(F.gelu(self.w_mix(z.flatten(1))))  # (S, C)
+        # Every node gets a K-th, so that the sum of all nodes, Eq. 12, has it once.
+        return node + mixed.unsqueeze(1) / K
 
 
-class ChainOfExperts(Series):
-    """A series of two rounds with the same experts, K/2 each, and a router per round.
-
-    Source: arXiv 2506.18945. Departure: the norm is applied anew in each round, not passed on.
-    """
-
-    def __init__(self, config: ModelConfig):
-        if config.top_k % 2 != 0:
-            raise UserError(f"coe spends top_k over two rounds, so it must be even: {config.top_k}")
-        super().__init__(replace(config, top_k=config.top_k // 2))
-        self.second.norm = self.norm
-        self.second.experts = self.experts
-        self.second.shared = None
-
-
-class Dense(nn.Module):
-    """A single SwiGLU has the multiply-adds of the K chosen experts and of the shared one."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.norm = nn.RMSNorm(config.n_embd, NORM_EPS)
-        self.network = Experts(config, 1, config.top_k * config.expert_dim + config.shared_dim)
-
-    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Take h (B, T, C) to the new h (B, T, C), and the aux (2) of a router in balance."""
-        x = self.norm(h).flatten(0, 1)  # (S, C)
-        number_0 = torch.zeros(len(x), 1, dtype=torch.long, device=x.device)  # the only expert
-        new_h = h + self.network(x, number_0).view_as(h)
-        return new_h, x.new_tensor([1.0, 0.0])
-
-
-class UngatedLayer(DAGLayer):
-    """One depth of the graph without its gates: e_ij = 1 in Eq. 10."""
+class MLPMixing(DAGAggregator):
+    """The nodes of Eq. 6, an MLP over all of them, and their sum."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
-        del self.w_edge
+        self.layers = nn.ModuleList([MLPLayer(config)])
+
+
+class UngatedLayer(nn.Module):
+    """One step of depth without gates: e_ij = 1 in Eq. 10."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        C, D = config.n_embd, config.dag_dim
+        self.norm = nn.RMSNorm(C, NORM_EPS)
+        self.w_down = nn.Linear(C, D, bias=False)
+        self.w_node = nn.Linear(2 * D, D, bias=False)
+        self.w_up = nn.Linear(D, C, bias=False)
+        nn.init.zeros_(self.w_up.weight)  # so that it begins as the weighted sum, like the graph
 
     def edges(self, node: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute gates, which are one, and messages: node (S, K, C) → (S, K, K, D) each."""
+        """Compute gates, all of them 1, and messages: node (S, K, C) → e, m (S, K, K, D)."""
         z = self.w_down(self.norm(node))  # Eq. 7
         m = pairwise(self.w_node, z)  # Eq. 10
         return torch.ones_like(m), m
 
+    def forward(self, node: Tensor) -> Tensor:
+        """Update all nodes: (S, K, C) → (S, K, C)."""
+        e, m = self.edges(node)
+        return node + self.w_up(m.sum(dim=2))  # Eq. 11
+
+
+class UngatedGraph(DAGAggregator):
+    """A graph of ungated layers."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.layers = nn.ModuleList(UngatedLayer(config) for _ in range(config.dag_depth))
+
 
 class SelfLayer(DAGLayer):
-    """One depth of the graph whose nodes hear nothing of each other: e_ij = 0 unless i = j."""
+    """One step of depth in which a node hears only itself: e_ij = 0 unless i = j."""
 
     def edges(self, node: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute gates and messages: node (S, K, C) → (S, K, K, D) each."""
+        """Compute gates and messages: node (S, K, C) → e, m (S, K, K, D)."""
         e, m = super().edges(node)
-        itself = torch.eye(node.shape[1]).to(m).unsqueeze(-1)  # (K, K, 1)
-        return e * itself, m * itself
+        K = node.shape[1]
+        is_self = torch.eye(K).to(m).unsqueeze(-1)  # (K, K, 1)
+        return e * is_self, m * is_self
 
 
-def change_layers(config: ModelConfig, layer_class: type[DAGLayer]) -> MoE:
-    """Make a DAG-MoE with another kind of layer in its graph."""
-    moe = FEED_FORWARD["dag"](config)
-    moe.aggregate.layers = nn.ModuleList(layer_class(config) for _ in range(config.dag_depth))
-    return moe
+class SelfGraph(DAGAggregator):
+    """A graph whose only edges are from a node to itself."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.layers = nn.ModuleList(SelfLayer(config) for _ in range(config.dag_depth))
 
 
-def add_baselines() -> None:
-    """Add the values above to those that model.py knows for the setting `aggregator`."""
-    FEED_FORWARD["mlp"] = lambda config: MoE(config, MLPMixing(config))
-    FEED_FORWARD["coe"] = ChainOfExperts
-    FEED_FORWARD["series"] = Series
-    FEED_FORWARD["dense"] = Dense
-    FEED_FORWARD["dag_ungated"] = lambda config: change_layers(config, UngatedLayer)
-    FEED_FORWARD["dag_self"] = lambda config: change_layers(config, SelfLayer)
+class Series(MoE):
+    """Two MoEs, one after the other: the plain way to take two steps in a layer.
+
+    The first one is the parent class, so that its weights have the names, and therefore the initial
+    values, of a model with one MoE.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.second = MoE(config)
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Update h (B, T, C); return it, and the means of both routers' losses."""
+        h, balance_loss_1, z_loss_1 = super().forward(h)
+        h, balance_loss_2, z_loss_2 = self.second(h)
+        return h, (balance_loss_1 + balance_loss_2) / 2, (z_loss_1 + z_loss_2) / 2
+
+
+class ChainOfExperts(nn.Module):
+    """Two rounds with the same experts, K/2 of them each, and a router per round.
+
+    Source: arXiv 2506.18945. Departure: each round normalizes h; there, the second round continues
+    from the normalized state.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        if config.top_k % 2 != 0:
+            raise SystemExit(f"error: coe needs an even top_k, got {config.top_k}")
+        half = replace(config, top_k=config.top_k // 2)
+        self.norm = nn.RMSNorm(config.n_embd, NORM_EPS)
+        self.router = Router(half)
+        self.second_router = Router(half)
+        self.experts = Experts(config)
+        self.shared = SwiGLU(config.n_embd, config.shared_dim) if config.shared_dim else None
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Update h (B, T, C); return it, and the means of both routers' losses."""
+        new_h, balance_loss_1, z_loss_1 = self.take_round(h, self.router)
+        if self.shared is not None:
+            new_h = new_h + self.shared(self.norm(h))
+        new_h, balance_loss_2, z_loss_2 = self.take_round(new_h, self.second_router)
+        return new_h, (balance_loss_1 + balance_loss_2) / 2, (z_loss_1 + z_loss_2) / 2
+
+    def take_round(self, h: Tensor, router: Router) -> tuple[Tensor, Tensor, Tensor]:
+        """Add the weighted sum of K/2 experts to h (B, T, C)."""
+        x = self.norm(h).flatten(0, 1)  # (S, C)
+        weight, expert, balance_loss, z_loss = router(x)
+        out = self.experts(x, expert)  # (S, K/2, C)
+        weighted_sum = (weight.unsqueeze(-1) * out).sum(dim=1)
+        return h + weighted_sum.view_as(h), balance_loss, z_loss
+
+
+class Dense(nn.Module):
+    """One SwiGLU network, with the multiply-adds of the K experts and of the shared one."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        hidden_dim = config.top_k * config.expert_dim + config.shared_dim
+        self.norm = nn.RMSNorm(config.n_embd, NORM_EPS)
+        self.mlp = SwiGLU(config.n_embd, hidden_dim)
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Update h (B, T, C); return it, and the losses of a perfectly balanced router."""
+        return h + self.mlp(self.norm(h)), h.new_tensor(1.0), h.new_tensor(0.0)
+
+
+AGGREGATORS["mlp"] = MLPMixing
+AGGREGATORS["dag_ungated"] = UngatedGraph
+AGGREGATORS["dag_self"] = SelfGraph
+MOES = {"series": Series, "coe": ChainOfExperts, "dense": Dense}
+for name in MOES:
+    AGGREGATORS[name] = WeightedSum  # which Series needs in both of its MoEs
+
+
+def make_model(config: ModelConfig) -> GPT:
+    """Make a GPT with one of the aggregators or MoEs above, or of model.py."""
+    model = GPT(config)
+    if config.aggregator in MOES:
+        for block in model.blocks:
+            block.moe = MOES[config.aggregator](config)
+        model.init_weights()
+    return model
 
 
 if __name__ == "__main__":
-    add_baselines()
-    run(train.main)
+    train.main(make_model=make_model)

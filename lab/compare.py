@@ -1,42 +1,30 @@
-"""Train the arms of a comparison with several seeds, and compare their losses.
+"""Compare the losses of runs that differ in how they combine experts, seed by seed.
 
-    python -m lab.compare sweep lab/configs/ablation --seeds 1 2 --jobs 2  # whatever is missing
     python -m lab.compare table out/ablation         # a row per arm: loss, difference to sum, cost
     python -m lab.compare plot out/ablation quality.png
 
-A folder of arms holds base.toml, what all of them share, and a file per arm with its difference.
-Runs of one seed have the same data in the same order and the same first weights, so arms are
+The folder holds a folder ARM-SEED for each run of train.py; lab/README.md has the loop that trains
+them. Runs of one seed have the same data in the same order and the same first weights, so arms are
 compared by the differences between such pairs.
 """
 
 import argparse
 import csv
-import fcntl
 import hashlib
 import itertools
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, median
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from lab.baselines import add_baselines
 from lab.cost import count
 from lab.shared import check_target, half_width, new_figure, paired_differences, read_rows, save_png
 from model import ModelConfig
-from prepare import UserError, atomic_write, open_dataset, run
-from train import TrainConfig, load_checkpoint, make_config, read_settings
-
-add_baselines()  # the arms may be of these
+from train import TrainConfig, load_checkpoint
 
 # Settings of train.py that say where and how a run is computed, not what it is.
 SETTINGS_OF_THE_MACHINE = {"out_dir", "device", "compile", "resume"}
@@ -45,104 +33,6 @@ SETTINGS_OF_A_RUN = {"seed", "learning_rate", "min_lr", "init_from"}
 # Columns that must agree between all runs of a table, and between those of one arm.
 COLUMNS_OF_ALL = ("data", "evaluated_on", "eval_tokens", "tokens", "training")
 COLUMNS_OF_AN_ARM = ("model", "learning_rate", "min_lr", "init_from")
-
-
-def plan_runs(folder: Path, arms: list[str], seeds: list[int], out: Path, settings: list[str]):
-    """Return train.py's arguments for each run by its folder, all arms of a seed together."""
-    for setting in settings:
-        if setting.split("=")[0] in ("--seed", "--out_dir", "--resume"):
-            raise UserError(f"{setting}: the sweep sets that itself; see --seeds and --out")
-    arms = arms or sorted(path.stem for path in folder.glob("*.toml") if path.stem != "base")
-    runs = {}
-    for seed, arm in itertools.product(seeds, arms):
-        out_dir = out / f"{arm}-{seed}"
-        files = [f"{folder}/base.toml", f"{folder}/{arm}.toml"]
-        runs[out_dir] = [*files, *settings, f"--seed={seed}", f"--out_dir={out_dir}"]
-    if not runs:
-        raise UserError(f"{folder} has no arms: base.toml, and a .toml file for each of them")
-    return runs
-
-
-def is_finished(out_dir: Path, arguments: list[str]) -> bool:
-    """Say whether a run has made all its steps.
-
-    A UserError is raised if its folder holds another run, or if its dataset is not prepared.
-    """
-    settings = read_settings(arguments)
-    config = make_config(TrainConfig, settings)
-    meta, _, _ = open_dataset(config.dataset)
-    if not (out_dir / "ckpt.pt").exists():
-        return False
-    if config.init_from:  # train.py takes over the shape of that model, too
-        settings = load_checkpoint(Path(config.init_from))["model_config"] | settings
-    model_config = make_config(ModelConfig, {"vocab_size": meta["vocab_size"]} | settings)
-    checkpoint = load_checkpoint(out_dir / "ckpt.pt")
-    if checkpoint["data"] != meta:
-        raise UserError(f"{config.dataset} has changed since {out_dir} was saved")
-    stored = checkpoint["train_config"] | checkpoint["model_config"]
-    for key, value in (asdict(config) | asdict(model_config)).items():
-        if key not in SETTINGS_OF_THE_MACHINE and stored[key] != value:
-            difference = f"with {key}={stored[key]}, not {value}"
-            raise UserError(f"{out_dir} was begun {difference}: choose another --out")
-    return checkpoint["step"] == config.max_steps
-
-
-def start(out_dir: Path, arguments: list[str], jobs: int) -> subprocess.Popen:
-    """Begin a run, or go on with it. What it prints goes to OUT_DIR.log."""
-    command = [sys.executable, "-m", "lab.baselines", *arguments]
-    if (out_dir / "ckpt.pt").exists():
-        command.append("--resume")
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONUNBUFFERED": "1"}
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{out_dir}.log", "ab") as log:
-        try:
-            # The training inherits the open file, and the lock with it: if this sweep is killed,
-            # the next one still finds the log locked until the training ends.
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{out_dir} is being trained already, wait for it") from None
-        # In a session of its own, because Ctrl-C is for the sweep.
-        return subprocess.Popen(
-            command, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-
-
-def sweep(runs: dict[Path, list[str]], jobs: int) -> None:
-    """Train what is not finished, so many runs at a time, until a signal asks to stop."""
-    waiting = [out_dir for out_dir in runs if not is_finished(out_dir, runs[out_dir])]
-    done = len(runs) - len(waiting)
-    print(f"{len(runs)} runs, {done} of them finished already, {jobs} at a time", flush=True)
-    signals = []
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it for SIGHUP
-            signal.signal(number, lambda number, frame: signals.append(number))
-    running = {}
-    failed = []
-    bar = tqdm(total=len(runs), initial=done, unit="run")
-    try:
-        while (waiting or running) and not signals:
-            while waiting and len(running) < jobs:
-                out_dir = waiting.pop(0)
-                running[out_dir] = start(out_dir, runs[out_dir], jobs)
-            time.sleep(0.5)
-            for out_dir, process in list(running.items()):
-                if process.poll() is not None:
-                    del running[out_dir]
-                    bar.update()
-                    if not is_finished(out_dir, runs[out_dir]):
-                        failed.append(str(out_dir))
-    finally:
-        # A second Ctrl-C changes nothing: no training is left behind.
-        for process in running.values():
-            process.terminate()  # it finishes its step and saves
-        for process in running.values():
-            process.wait()
-        bar.close()
-    if signals:
-        print("stopped; the same command goes on")
-    if failed:
-        raise UserError(f"failed: {', '.join(failed)}; each says why in the .log of its name")
 
 
 class Evaluation(NamedTuple):
@@ -182,7 +72,9 @@ def read_run(out_dir: Path) -> list[Evaluation]:
     model_config = ModelConfig(**checkpoint["model_config"])
     arm, _, seed = out_dir.name.rpartition("-")
     if not arm or seed != str(config.seed):
-        raise UserError(f"{out_dir} should be called ARM-{config.seed}, for that is its seed")
+        raise SystemExit(
+            f"error: {out_dir} should be called ARM-{config.seed}, for that is its seed"
+        )
     training = asdict(config)
     for key in SETTINGS_OF_THE_MACHINE | SETTINGS_OF_A_RUN:
         del training[key]
@@ -219,7 +111,7 @@ def collect_runs(paths: list[Path]) -> Runs:
         for checkpoint in path.glob("*/ckpt.pt"):
             rows_of_path += read_run(checkpoint.parent)
         if not rows_of_path:
-            raise UserError(f"{path} holds no runs of a sweep")
+            raise SystemExit(f"error: {path} holds no runs")
         evaluations += rows_of_path
     evaluations.sort(key=lambda row: (row.arm, row.seed, row.at_token))
     runs = {}
@@ -229,18 +121,18 @@ def collect_runs(paths: list[Path]) -> Runs:
         check_comparable(row, first_of_arm.setdefault(row.arm, row), COLUMNS_OF_AN_ARM)
         rows_of_run = runs.setdefault((row.arm, row.seed), [])
         if rows_of_run and rows_of_run[-1].at_token == row.at_token:
-            raise UserError(f"{row.arm}-{row.seed} is there twice")
+            raise SystemExit(f"error: {row.arm}-{row.seed} is there twice")
         rows_of_run.append(row)
     return runs
 
 
 def check_comparable(row: Evaluation, other: Evaluation, columns: tuple[str, ...]) -> None:
-    """Raise a UserError if two evaluations differ in one of the columns."""
+    """Exit if two evaluations differ in one of the columns."""
     for name in columns:
         if getattr(row, name) != getattr(other, name):
             names = f"{row.arm}-{row.seed} and {other.arm}-{other.seed}"
             values = f"{getattr(row, name)} and {getattr(other, name)}"
-            raise UserError(f"{names} can't be compared: they differ in {name} ({values})")
+            raise SystemExit(f"error: {names} can't be compared: they differ in {name} ({values})")
 
 
 class Arm(NamedTuple):
@@ -265,7 +157,7 @@ def summarize(runs: Runs, against: str) -> dict[str, Arm]:
             print(f"left out: {arm}-{seed}, because it or {against}-{seed} is not finished")
     if against not in by_arm:
         names = ", ".join(sorted({arm for arm, _ in runs}))
-        raise UserError(f"no run of {against!r} is finished; there are runs of {names}")
+        raise SystemExit(f"error: no run of {against!r} is finished; there are runs of {names}")
     losses = {}
     for arm, by_seed in by_arm.items():
         losses[arm] = {seed: rows[-1].val_loss for seed, rows in by_seed.items()}
@@ -341,15 +233,9 @@ def draw(path: Path, runs: Runs, against: str) -> None:
     save_png(path, figure)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(usage=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, prog="python -m lab.compare")
-    add = commands.add_parser("sweep", allow_abbrev=False).add_argument
-    add("folder", type=Path, help="of base.toml and a file per arm; settings of train.py follow")
-    add("--arms", nargs="+", default=[], metavar="ARM", help="only these (default: all)")
-    add("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5], help="(default: 1 2 3 4 5)")
-    add("--jobs", type=int, default=1, help="trainings at once, which share cores (default: 1)")
-    add("--out", type=Path, help="folder of the runs (default: out/ and the folder's name)")
     table = commands.add_parser("table")
     plot = commands.add_parser("plot")
     for command in (table, plot):
@@ -357,27 +243,18 @@ def main() -> None:
         command.add_argument("--against", default="sum", help="the arm to compare with")
     table.add_argument("--csv", type=Path, help="a file to write all evaluations to")
     plot.add_argument("png", type=Path)
-    args, settings = parser.parse_known_args()
-    if args.command == "sweep":
-        if args.jobs < 1:
-            raise UserError(f"--jobs must be at least 1, got {args.jobs}")
-        out = args.out or Path("out", args.folder.resolve().name)
-        runs = plan_runs(args.folder, args.arms, args.seeds, out.expanduser(), settings)
-        sweep(runs, args.jobs)
-        return
-    if settings:
-        raise UserError(f"unknown: {' '.join(settings)} (see python -m lab.compare --help)")
+    args = parser.parse_args(arguments)
     runs = collect_runs(args.paths)
     if args.command == "plot":
         draw(args.png, runs, args.against)
     else:
         if args.csv:
             check_target(args.csv, ".csv")
-            with atomic_write(args.csv, "w") as file:
+            with open(args.csv, "w", newline="") as file:
                 writer = csv.writer(file, lineterminator="\n")
                 writer.writerows([Evaluation._fields, *itertools.chain(*runs.values())])
         print_table(runs, args.against)
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

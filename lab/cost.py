@@ -1,6 +1,6 @@
 """What a network costs: parameters, multiply-adds and time.
 
-    python -m lab.cost table configs/*.toml            # README's table, in two minutes
+    python -m lab.cost table configs/*.toml            # the table of results/cost.md: two minutes
     python -m lab.cost step configs/quickstart.toml    # training steps, in eight versions
     python -m lab.cost layer configs/quickstart.toml   # steps of one MoE layer alone
 
@@ -25,11 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from lab.baselines import add_baselines
+from lab.baselines import make_model
 from model import GPT, ModelConfig
-from prepare import UserError, run
-
-add_baselines()  # some of the versions to be timed
 
 
 class Cost(NamedTuple):
@@ -58,21 +55,18 @@ def count_multiply_adds(module: nn.Module, x: Tensor) -> int:
 def count(config: ModelConfig) -> Cost:
     """Count what a network of this config costs."""
     with torch.device("meta"):  # where tensors have a shape, but no numbers
-        weights = dict(GPT(config).named_parameters())
-    parameters = sum(weight.numel() for weight in weights.values())
-    experts = sum(weight.numel() for name, weight in weights.items() if ".experts." in name)
-    active = parameters - experts + experts * config.top_k // config.n_expert
+        parameters, active = train.count_parameters(make_model(config))
     # Layers are alike, so networks with one and with two tell what each further one adds.
     tokens = torch.zeros(1, config.block_size, dtype=torch.long)
-    one_layer = count_multiply_adds(GPT(replace(config, n_layer=1)), tokens)
-    two_layers = count_multiply_adds(GPT(replace(config, n_layer=2)), tokens)
+    one_layer = count_multiply_adds(make_model(replace(config, n_layer=1)), tokens)
+    two_layers = count_multiply_adds(make_model(replace(config, n_layer=2)), tokens)
     multiply_adds = one_layer + (config.n_layer - 1) * (two_layers - one_layer)
     return Cost(parameters, active, multiply_adds)
 
 
 def read_configs(arguments: list[str]) -> tuple[ModelConfig, train.TrainConfig]:
     """Read both configs, as train.py does, from config files and --key=value."""
-    settings = train.read_settings(arguments)
+    settings = train.parse_settings(arguments)
     config = train.make_config(train.TrainConfig, settings)
     # train.py takes vocab_size from the dataset: 257 if it is in bytes, 50257 if it is in gpt2.
     in_bytes = config.dataset in ("stdlib", "shakespeare")
@@ -81,11 +75,11 @@ def read_configs(arguments: list[str]) -> tuple[ModelConfig, train.TrainConfig]:
 
 
 def print_table(arguments: list[str]) -> None:
-    """Print the sizes and costs of config files, as README has them."""
+    """Print the sizes and costs of config files, as results/cost.md has them."""
     settings = [word for word in arguments if word.startswith("--")]
     paths = [word for word in arguments if word not in settings]
     print("| config | n_layer | C | K | E | D | L ", end="")
-    print("| parameters | active per token | products per token | the graph's |")
+    print("| parameters | active per token | multiply-adds per token | of which the graph |")
     print("|" + "---|" * 11)
     for path in sorted(paths):
         config, _ = read_configs([path, *settings])
@@ -104,7 +98,7 @@ def make_step(module: nn.Module, x: Tensor, config: train.TrainConfig) -> Callab
     network = torch.compile(module) if config.compile else module
 
     def step() -> None:
-        with train.autocast(x.device, config.dtype):
+        with train.autocast(x.device, train.choose_dtype(config.dtype, x.device)):
             loss = network(x, x).loss if isinstance(module, GPT) else network(x)[0].sum()
         loss.backward()
         optimizer.step()
@@ -145,13 +139,13 @@ def measure(what: str, arguments: list[str], repeats: int) -> None:
     modules = {}
     functions = {}
     for name, model_config in versions.items():
-        model = GPT(model_config).to(device)
+        model = make_model(model_config).to(device)
         modules[name] = model.blocks[0].moe if what == "layer" else model
         functions[name] = make_step(modules[name], x, config)
     # Beside them the peak: one large product, in the precision that all products have.
     n = 8192 if device.type == "cuda" else 2048
     square = torch.randn(n, n, device=device)
-    with train.autocast(device, config.dtype):
+    with train.autocast(device, train.choose_dtype(config.dtype, device)):
         square = square @ square
     functions["peak"] = lambda: square @ square
     seconds = time_in_turns(functions, device, repeats)
@@ -174,13 +168,13 @@ def measure(what: str, arguments: list[str], repeats: int) -> None:
         print(f"{1e3 * median_seconds:9.1f}{spread:>20}{speed:10,.0f}{share:8.0%}")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("what", choices=["table", "step", "layer"])
     parser.add_argument("--repeats", type=int, default=5, help="rounds to time (default: 5)")
-    args, arguments = parser.parse_known_args()
+    args, arguments = parser.parse_known_args(arguments)
     if args.repeats < 1:
-        raise UserError("--repeats must be at least 1")
+        raise SystemExit("error: --repeats must be at least 1")
     if args.what == "table":
         print_table(arguments)
     else:
@@ -188,4 +182,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

@@ -20,14 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from lab.baselines import add_baselines
+from lab import baselines  # a checkpoint may hold dag_self or dag_ungated, which have graphs, too
 from lab.shared import check_target
 from model import GPT, ModelConfig, MoE
-from prepare import END_OF_TEXT, UserError, atomic_write, get_encoding, open_dataset, run
-from sample import find_known_ids
-from train import autocast, choose_device, load_checkpoint, make_config, read_windows
-
-add_baselines()  # a checkpoint may hold dag_self or dag_ungated, which have graphs, too
+from prepare import get_encoding, open_dataset
+from train import autocast, choose_device, choose_dtype, load_checkpoint, make_config, read_windows
 
 TEMPLATE = Path(__file__).with_name("graph.html")
 BATCH = 4096  # tokens in a batch
@@ -39,8 +36,10 @@ def load_model(path: Path, device: torch.device) -> tuple[GPT, dict]:
     checkpoint = load_checkpoint(path)
     config = make_config(ModelConfig, checkpoint["model_config"])
     if not config.aggregator.startswith("dag"):
-        raise UserError(f"{path} has no graph: it was trained with aggregator={config.aggregator}")
-    model = GPT(config).to(device)
+        raise SystemExit(
+            f"error: {path} has no graph: it was trained with aggregator={config.aggregator}"
+        )
+    model = baselines.make_model(config).to(device)
     model.load_state_dict(checkpoint["model"])
     return model, checkpoint
 
@@ -81,7 +80,7 @@ def observe(model: GPT, tokens: Tensor) -> list[list[Depth]]:
 
 def describe_layer(moe: MoE, calls: dict) -> list[Depth]:
     """Compute a layer's depths from the calls that `observe` has recorded."""
-    _, (weight, expert, _) = calls[moe.router]
+    _, (weight, expert, _, _) = calls[moe.router]
     (h, out, _), new_h = calls[moe.aggregate]
     added = new_h - h
     weighted_sum = (weight.unsqueeze(-1) * out).sum(dim=1)
@@ -103,16 +102,15 @@ def make_page(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     model, checkpoint = load_model(args.path, device)
     encoding = get_encoding(checkpoint["data"]["encoding"])
-    known = find_known_ids(encoding, model.config.vocab_size).to(device)
-    tokens = encoding.encode(args.prompt, allowed_special={END_OF_TEXT}, disallowed_special=())
+    text_ids = {encoding.encode_single_token(text) for text in encoding.token_byte_values()}
+    tokens = encoding.encode(args.prompt, allowed_special="all")
     tokens = tokens or [encoding.eot_token]  # which begins a new document
     n_prompt = len(tokens)
     rows = torch.tensor([tokens], device=device)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    sampling = {"temperature": args.temperature, "generator": generator}
-    with autocast(device):
-        for ids in model.generate(rows, args.max_new_tokens, known, **sampling):
-            if ids.item() == encoding.eot_token:
+    torch.manual_seed(args.seed)
+    with autocast(device, choose_dtype("auto", device)):
+        for ids in model.generate(rows, args.max_new_tokens, args.temperature):
+            if ids.item() not in text_ids:
                 break
             tokens.append(ids.item())
         texts = [encoding.decode([token]) for token in tokens]
@@ -147,8 +145,7 @@ def write_page(path: Path, model: GPT, tokens: list[int], texts: list[str], n_pr
     script = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     template = TEMPLATE.read_text(encoding="utf-8")
     page = template.replace("/*DATA*/null", script, 1).encode()
-    with atomic_write(path) as file:
-        file.write(page)
+    path.write_bytes(page)
     print(f"wrote {path} ({len(page) // 1000:,} kB); open it in a browser", file=sys.stderr)
 
 
@@ -160,12 +157,14 @@ def round_all(x: Tensor) -> list:
 def show_statistics(args: argparse.Namespace) -> None:
     """Print a row of statistics for each layer and depth, over a validation split."""
     if args.tokens < 1:
-        raise UserError(f"--tokens must be at least 1, got {args.tokens}")
+        raise SystemExit(f"error: --tokens must be at least 1, got {args.tokens}")
     device = choose_device(args.device)
     model, checkpoint = load_model(args.path, device)
     meta, _, tokens = open_dataset(args.dataset)
     if meta["encoding"] != checkpoint["data"]["encoding"]:
-        raise UserError(f"{args.dataset} is in {meta['encoding']}, which the model cannot read")
+        raise SystemExit(
+            f"error: {args.dataset} is in {meta['encoding']}, which the model cannot read"
+        )
     table = compute_statistics(model, tokens, args.tokens)
     print("layer  depth   gate ± spread  nodes alike  beyond sum")
     for i, rows in enumerate(table.tolist()):
@@ -186,8 +185,9 @@ def compute_statistics(model: GPT, tokens: np.ndarray, n_tokens: int) -> Tensor:
     means = torch.zeros(config.n_layer, config.dag_depth, 4, dtype=torch.float64)
     size = max(1, BATCH // config.block_size)
     for start in tqdm(range(0, n_windows, size), unit="batch", leave=False, disable=None):
-        windows = read_windows(tokens, offsets[start : start + size], config, device)
-        with autocast(device):
+        part = offsets[start : start + size]
+        windows = read_windows(tokens, part, config.block_size, device)
+        with autocast(device, choose_dtype("auto", device)):
             layers = observe(model, windows[:, :-1])
         for i, depths in enumerate(layers):
             for d, depth in enumerate(depths):
@@ -208,7 +208,7 @@ def mean_statistics(depth: Depth) -> Tensor:
     return torch.stack([value.cpu().double().mean() for value in values])
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(usage=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, prog="python -m lab.graph")
     page = commands.add_parser("page")
@@ -223,7 +223,7 @@ def main() -> None:
     page.add_argument("--seed", type=int, default=1337, help="another seed, another text")
     stats.add_argument("--dataset", required=True, help="whose validation split is looked at")
     stats.add_argument("--tokens", type=int, default=100_000, help="how many (default: 100,000)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.command == "page":
         make_page(args)
     else:
@@ -231,4 +231,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

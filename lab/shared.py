@@ -6,8 +6,6 @@ import math
 from pathlib import Path
 from statistics import stdev
 
-from prepare import UserError, atomic_write
-
 # Student's t: the 97.5 % quantiles for 1, 2, ... degrees of freedom.
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 STUDENT_T += (2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064)
@@ -41,20 +39,20 @@ def read_rows(path: Path, row_class: type) -> list:
             rows.append(row_class(**{name: kind(words[name]) for name, kind in types}))
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         place = f"{path}, line {len(rows) + 2}"
-        raise UserError(f"{place}: not a row of {row_class.__name__} ({error!r:.100})") from error
+        raise SystemExit(f"error: {place}: not a row of {row_class.__name__} ({error!r})") from None
     return rows
 
 
 def check_target(path: Path, suffix: str) -> None:
-    """Raise a UserError, before the work, if the path is not one for such a file in a folder."""
+    """Exit, before the work, if the path is not one for such a file in a folder that exists."""
     if path.suffix != suffix or path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"{path} must be a {suffix} file in a folder that exists")
+        raise SystemExit(f"error: {path} must be a {suffix} file in a folder that exists")
 
 
 def new_figure(width: float, height: float):
     """Make an empty figure of matplotlib's, with sizes in inches."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("the picture needs matplotlib: pip install matplotlib")
+        raise SystemExit("error: the picture needs matplotlib: pip install matplotlib")
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -62,6 +60,5 @@ def new_figure(width: float, height: float):
 
 def save_png(path: Path, figure) -> None:
     """Write a figure to a file."""
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=100)
+    figure.savefig(path, dpi=100)
     print(f"wrote {path}")

@@ -26,15 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm, trange
 
-from lab.baselines import add_baselines
+from lab import baselines
 from lab.cost import count_multiply_adds
 from lab.graph import observe, write_page
 from lab.shared import check_target, half_width, new_figure, paired_differences, read_rows, save_png
 from model import GPT, ModelConfig, rope_table, rotate
-from prepare import run
 from train import TrainConfig, get_learning_rate, make_optimizer
-
-add_baselines()  # some arms are of these
 
 RESULTS = Path(__file__).parent / "results/trees.csv"
 ARMS = tomllib.loads((Path(__file__).parent / "configs/trees.toml").read_text(encoding="utf-8"))
@@ -83,7 +80,7 @@ def draw_trees(tables: list[Tensor], count: int, generator) -> tuple[Tensor, lis
 
 
 def answer(model: GPT, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the logits (B, vocab_size) at the last of tokens (B, T), and its router's aux (2).
+    """Compute the logits (B, vocab_size) at the last of tokens (B, T), and its router's losses (2).
 
     The logits are those of GPT.forward, in a sixth of the time. Only the last token goes through
     the MoE. And as each token has one place only, one key and value per token of the vocabulary
@@ -104,8 +101,9 @@ def answer(model: GPT, tokens: Tensor) -> tuple[Tensor, Tensor]:
     weight = score.masked_fill(~is_there, -torch.inf).softmax(dim=-1)  # (heads, B, vocab_size)
     gathered = (weight @ v).transpose(0, 1).flatten(1)  # (B, C)
     h = model.embed.weight[-1] + attention.o_proj(gathered)
-    h, aux = block.moe(h.unsqueeze(1))
-    return model.head(model.norm(h)).squeeze(1), aux
+    h, balance_loss, z_loss = block.moe(h.unsqueeze(1))
+    logits = model.head(model.norm(h)).squeeze(1)
+    return logits, torch.stack([balance_loss, z_loss])
 
 
 class Trial(NamedTuple):
@@ -134,7 +132,9 @@ def make_model(trial: Trial) -> GPT:
     torch.manual_seed(trial.seed)
     n = 2**trial.depth  # leaves
     settings = SHARED_SETTINGS | ARMS[trial.arm]
-    return GPT(ModelConfig(vocab_size=VALUES * n + 1, block_size=n + 1, **settings))
+    return baselines.make_model(
+        ModelConfig(vocab_size=VALUES * n + 1, block_size=n + 1, **settings)
+    )
 
 
 def draw_test_trees(trial: Trial) -> tuple[Tensor, list[Tensor]]:
@@ -421,14 +421,14 @@ def make_page(path: Path) -> None:
     write_page(path, model, tokens[i].tolist(), texts, len(texts), tree=tree)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("--against", default="sum", choices=ARMS, help="(default: sum)")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--full", nargs="*", choices=ARMS, metavar="ARM", help="all trials (of these arms)")
     add("--plot", type=Path, metavar="FILE.png", help="a table and a picture of what is there")
     add("--page", type=Path, metavar="FILE.html", help="a trained graph beside a tree")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if args.full is not None:
         for arm in args.full or ARMS:
@@ -448,4 +448,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

@@ -1,42 +1,10 @@
 """The slow, plain versions that the fast code must equal: loops over tokens, experts and edges."""
 
-from types import SimpleNamespace as Namespace
-
 import torch
 import torch.nn.functional as F
 
-from model import GPT, NORM_EPS, DAGAggregator, Experts, ModelConfig
-
-TINY = {
-    "vocab_size": 23,
-    "block_size": 16,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_kv_head": 2,
-    "n_embd": 32,
-    "n_expert": 8,
-    "top_k": 3,
-    "expert_dim": 16,
-    "dag_depth": 2,
-    "dag_dim": 8,
-}
-
-
-def tiny_config(**changes) -> ModelConfig:
-    """Describe a model that computes in milliseconds."""
-    if changes.get("aggregator") == "coe":  # which spends an even number of experts
-        changes = {"top_k": 4} | changes
-    return ModelConfig(**TINY | changes)
-
-
-def randomize(module: torch.nn.Module, seed: int = 0, std: float = 0.3) -> torch.nn.Module:
-    """Make weights large enough that every term matters, W_up and the norms' scales included."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            mean = 1.0 if parameter.dim() == 1 else 0.0
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std + mean)
-    return module
+from lab.baselines import make_model
+from model import NORM_EPS, DAGAggregator, Experts, ModelConfig
 
 
 def rms_norm(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -45,7 +13,7 @@ def rms_norm(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return x / (mean_square + NORM_EPS).sqrt() * scale
 
 
-GATES = {"sigmoid": torch.sigmoid, "silu": F.silu, "open": torch.ones_like}
+GATES = {"sigmoid": torch.sigmoid, "silu": F.silu}
 
 
 def plain_dag(aggregator: DAGAggregator, gate_name: str, h, out, weight):
@@ -59,8 +27,10 @@ def plain_dag(aggregator: DAGAggregator, gate_name: str, h, out, weight):
             total = 0
             for j in range(K):
                 edge = torch.cat([z[i], z[j]], dim=-1)  # Eq. 8
-                e = GATES[gate_name](edge @ layer.w_edge.weight.T)  # Eq. 9
-                m = e * (edge @ layer.w_node.weight.T)  # Eq. 10
+                m = edge @ layer.w_node.weight.T
+                if gate_name != "open":
+                    e = GATES[gate_name](edge @ layer.w_edge.weight.T)  # Eq. 9
+                    m = e * m  # Eq. 10
                 total = total + m
             new_nodes.append(nodes[i] + total @ layer.w_up.weight.T)  # Eq. 11
         nodes = new_nodes
@@ -102,42 +72,38 @@ def plain_half(name, moe, h):
     """Compute the second half of a block, with K = 4 and a shared expert, for h (S, C)."""
     if name == "series":
         return plain_half("sum", moe.second, plain_half("sum", moe, h))
-    everyones = moe.network if name == "dense" else moe.shared
-    matrices = (everyones.gate_proj[0], everyones.up_proj[0], everyones.down_proj[0])
+    for_all = moe.mlp if name == "dense" else moe.shared
+    matrices = [linear.weight for linear in (for_all.gate_proj, for_all.up_proj, for_all.down_proj)]
     shared = plain_swiglu(*matrices, rms_norm(h, moe.norm.weight))
     if name == "dense":
         return h + shared
     if name == "coe":
         h = h + shared + plain_outputs(moe, moe.router, h, 2).sum(dim=1)
-        return h + plain_outputs(moe, moe.second.router, h, 2).sum(dim=1)
+        return h + plain_outputs(moe, moe.second_router, h, 2).sum(dim=1)
     out = plain_outputs(moe, moe.router, h, 4)
     one = torch.ones(len(h), 4)  # in place of weights, which `out` has already
-    aggregate = moe.aggregate
     if name == "sum":
         return h + shared + out.sum(dim=1)
     if name == "mlp":
+        mlp = moe.aggregate.layers[0]
         nodes = [o + h / 4 for o in out.unbind(dim=1)]
-        w_down = aggregate.layers["w_down"].weight
-        z = [rms_norm(node, aggregate.norm.weight) @ w_down.T for node in nodes]
-        x = torch.cat(z, dim=-1) @ aggregate.w_mix.weight.T
-        return shared + sum(nodes) + F.gelu(x) @ aggregate.w_up.weight.T
+        z = [rms_norm(node, mlp.norm.weight) @ mlp.w_down.weight.T for node in nodes]
+        hidden = F.gelu(torch.cat(z, dim=-1) @ mlp.w_mix.weight.T)
+        return shared + sum(nodes) + hidden @ mlp.w_up.weight.T
     if name == "dag_self":  # four graphs of a node each
-        for i in range(4):
-            shared = shared + plain_dag(aggregate, "silu", h / 4, out[:, [i]], one)
-        return shared
-    if name == "dag_ungated":
-        layers = [Namespace(w_edge=layer.w_node, **layer._modules) for layer in aggregate.layers]
-        return shared + plain_dag(Namespace(layers=layers), "open", h, out, one)
-    return shared + plain_dag(aggregate, "silu", h, out, one)
+        graphs = [plain_dag(moe.aggregate, "silu", h / 4, out[:, [i]], one) for i in range(4)]
+        return shared + sum(graphs)
+    gate_name = "open" if name == "dag_ungated" else "silu"
+    return shared + plain_dag(moe.aggregate, gate_name, h, out, one)
 
 
 def plain_cost(config: ModelConfig) -> tuple[int, int, int]:
     """Compute by formula what lab.cost counts: parameters, active ones, multiply-adds per token.
 
-    Every matrix works once per token, and those of a graph's layers once per node.
+    Every matrix works once per token, and those of a graph, and W_down of mlp, once per node.
     """
     with torch.device("meta"):
-        model = GPT(config)
+        model = make_model(config)
     parameters = 0
     active = 0
     # Attention multiplies queries with keys, and what comes out with values.
@@ -150,33 +116,8 @@ def plain_cost(config: ModelConfig) -> tuple[int, int, int]:
         active += used
         is_looked_up = name == "embed.weight" and not config.tie_embeddings
         if weight.dim() > 1 and not is_looked_up:
-            nodes = config.top_k if ".aggregate.layers." in name else 1
+            nodes = config.top_k if ".aggregate." in name else 1
+            if config.aggregator == "mlp" and not name.endswith("w_down.weight"):
+                nodes = 1
             multiply_adds += used * nodes
     return parameters, active, multiply_adds
-
-
-def assert_same(ours: dict, theirs: dict, tolerance: float) -> None:
-    """Compare tensors by name; errors are relative to the largest value, or to 1 if it is less."""
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        scale = max(1.0, theirs[name].abs().max().item())
-        error = (ours[name] - theirs[name]).abs().max().item() / scale
-        assert error <= tolerance, f"{name}: off by {error:.2e}, allowed {tolerance:.0e}"
-
-
-def results_and_gradients(function, inputs: dict[str, torch.Tensor], module: torch.nn.Module):
-    """Return the value, and the gradients of its product with fixed random numbers, by name."""
-    inputs = {name: x.detach().clone() for name, x in inputs.items()}
-    for x in inputs.values():
-        x.requires_grad_(x.is_floating_point())
-    module.zero_grad()
-    value = function(**inputs)
-    generator = torch.Generator().manual_seed(1)
-    value.backward(torch.randn(value.shape, generator=generator, dtype=value.dtype))
-    results = {"value": value.detach()}
-    for name, x in inputs.items():
-        if x.requires_grad:
-            results[f"grad {name}"] = x.grad
-    for name, parameter in module.named_parameters():
-        results[f"grad {name}"] = parameter.grad.clone()
-    return results

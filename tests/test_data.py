@@ -1,45 +1,63 @@
 """prepare.py loses no text, keeps the splits apart, and leaves nothing half-written."""
 
 import os
-import sys
+import platform
+import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiktoken
 
 import prepare
-from tests.conftest import make_corpus
-from tests.test_resume import start
+from tests.helpers import assert_refused, make_corpus, read_dataset, start
 
-MERGES = {bytes([i]): i for i in range(256)}
-MERGES |= {b" t": 256, b"he": 257, b" the": 258, b"\n\n": 259}
-SPECIAL = {"<|endoftext|>": 70_000, "<|fim_prefix|>": 70_001}
-PATTERN = r" ?\p{L}+| ?[^\s\p{L}]+|\s+(?!\S)|\s+"
-KILLED = """
-import itertools, os, pathlib, shutil, prepare
-calls = itertools.count(1)
-function = {name}
-def kill(*arguments, **options):
-    if next(calls) == {call}:
-        os.kill(os.getpid(), 9)
-    return function(*arguments, **options)
-{name} = kill
-prepare.main(["new", "--name=own", "--encoding=bytes"])
-"""
+MERGES = {b" t": 256, b"he": 257, b" the": 258, b"\n\n": 259}
+# Arguments of prepare.py, and why it cannot do what they say.
+BAD_INPUT = [
+    ("empty.txt", "there is no text for train"),
+    ("--val=text", "there is no text for train"),
+    ("--val=empty.txt", "there is no text for val"),
+    ("--val_fraction=1e-9", "there is no text for val"),
+    ("latin.txt", "latin.txt as UTF-8 text"),
+    ("--val=latin.txt", "latin.txt as UTF-8 text"),
+    ("nowhere", "nowhere does not exist, or has no *.txt in it"),
+    ("--val=nothing", "nothing does not exist, or has no *.txt in it"),
+    ("--val_fraction=0", "--val_fraction must be between 0 and 1, got 0.0"),
+    ("--val_fraction=1", "--val_fraction must be between 0 and 1, got 1.0"),
+    ("--val_fraction=nan", "--val_fraction must be between 0 and 1, got nan"),
+    ("--name=../tiny", "give the dataset a --name of letters"),
+]
+# What a run that is killed was about to do: a function, and which of its calls.
+MOMENTS = [
+    ("prepare.read_documents", 1),  # to read text
+    ("prepare.np.array", 2),  # to write tokens of val
+    ("pathlib.Path.unlink", 1),  # to remove the old meta.json
+    ("pathlib.Path.replace", 1),  # to put train.bin in its place
+    ("pathlib.Path.replace", 2),  # to put val.bin in its place
+    ("pathlib.Path.write_text", 1),  # to write meta.json
+    ("pathlib.Path.replace", 3),  # to put meta.json in its place
+]
 
 
-def read_dataset(name: str) -> list[list[bytes]]:
-    """Decode the documents of train and of val, each of which ends with <|endoftext|>."""
-    meta, train, val = prepare.open_dataset(name)
-    encoding = prepare.get_encoding(meta["encoding"])
-    documents = []
-    for tokens in (train, val):
-        ends = np.flatnonzero(tokens == encoding.eot_token)
-        *parts, rest = np.split(tokens, ends + 1)
-        assert len(rest) == 0
-        documents.append([encoding.decode_bytes(part[:-1].tolist()) for part in parts])
-    return documents
+@pytest.fixture
+def merging(monkeypatch) -> tiktoken.Encoding:
+    """An encoding with merges and large ids, which needs no network, in the place of gpt2."""
+    encoding = tiktoken.Encoding(
+        "merging",
+        pat_str=r" ?\w+| ?[^\s\w]+|\s+",
+        mergeable_ranks={bytes([i]): i for i in range(256)} | MERGES,
+        special_tokens={"<|endoftext|>": 70_000, "<|fim_prefix|>": 70_001},
+    )
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+    return encoding
+
+
+def write_files(texts: list[str], folder: str = ".") -> list[bytes]:
+    """Write texts into files 000.txt, 001.txt ..., and return what is in them."""
+    contents = [text.encode() for text in texts]
+    for i in range(len(texts)):
+        Path(folder, f"{i:03}.txt").write_bytes(contents[i])
+    return contents
 
 
 def make_dataset(*arguments: str, encoding: str = "bytes") -> list[list[bytes]]:
@@ -52,193 +70,228 @@ def snapshot(folder: str) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
-def no_network(name: str) -> tiktoken.Encoding:
-    raise ConnectionError("no network")
-
-
-@pytest.fixture
-def merging(monkeypatch) -> tiktoken.Encoding:
-    """An encoding with merges and large ids, which needs no network, in the place of gpt2."""
-    encoding = tiktoken.Encoding(
-        "own", pat_str=PATTERN, mergeable_ranks=MERGES, special_tokens=SPECIAL
-    )
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
-    return encoding
-
-
-@pytest.mark.parametrize("block", [13, 100, 1 << 16])
-def test_every_document_comes_back_exactly_once_and_whole(corpus, merging, monkeypatch, block):
-    """In one block or in many, and meta.json has the sizes of train and of val."""
-    monkeypatch.setattr(prepare, "BLOCK", block)
-    train, val = make_dataset("text", encoding="gpt2")
+@pytest.mark.parametrize("encoding", ["bytes", "gpt2"])
+def test_every_document_comes_back_exactly_once_and_whole(corpus, merging, encoding):
+    """Together, train and val hold what is in the files."""
+    train, val = make_dataset("text", encoding=encoding)
     assert sorted(train + val) == sorted(text.encode() for text in corpus)
-    meta, _, _ = prepare.open_dataset("own")
-    for documents, sizes in zip((train, val), meta["splits"].values(), strict=True):
-        assert sizes["documents"] == len(documents)
-        assert sizes["bytes"] == sum(map(len, documents))
 
 
-@pytest.mark.parametrize(("block", "workers"), [(30, 5), (333, 1), (1 << 16, 2)])
-@pytest.mark.parametrize("separator", [[], ["--separator=---"]], ids=str)
-def test_bins_depend_on_the_text_only(workdir, monkeypatch, block, workers, separator):
-    """They are the same for any number of threads, and however much is read at a time."""
-    Path("long.txt").write_text("".join(f"línea {i}\n---\n" for i in range(500)))
-    make_dataset("long.txt", *separator)
-    expected = snapshot("data")
-    monkeypatch.setattr(prepare, "BLOCK", block)
-    make_dataset("long.txt", *separator, f"--workers={workers}")
-    assert snapshot("data") == expected
+def test_meta_json_counts_what_is_in_each_split(corpus, merging):
+    """It counts documents, bytes of text, and tokens, which include those of <|endoftext|>."""
+    splits = make_dataset("text", encoding="gpt2")
+    meta, *ids = prepare.open_dataset("own")
+    for i, counts in enumerate(meta["splits"].values()):
+        assert counts["documents"] == len(splits[i])
+        assert counts["bytes"] == sum(map(len, splits[i]))
+        assert counts["tokens"] == len(ids[i])
 
 
-def test_tokens_are_those_of_tiktoken(workdir, merging, monkeypatch):
-    """Special tokens in a file are ordinary text, and who opens a dataset needs no encoding."""
-    text = "it's  the\t\n\n\n the 日 😀é\r\n<|fim_prefix|>\n<|endoftext|>"
-    Path("train.txt").write_bytes(text.encode())
-    Path("val.txt").write_text("the text")
-    make_dataset("train.txt", "--val=val.txt", encoding="gpt2")
-    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
+def test_tokens_are_those_of_tiktoken(workdir, merging):
+    """A text becomes the ids that tiktoken has for ordinary text, and then <|endoftext|>."""
+    text = "\n it's  the\t\n\n the 日 😀é\r\n<|fim_prefix|>\n<|endoftext|>\n"
+    write_files([text, "the val"])
+    make_dataset("000.txt", "--val=001.txt", encoding="gpt2")
     meta, train, val = prepare.open_dataset("own")
     assert meta["vocab_size"] == 70_002
     assert train.tolist() == [*merging.encode_ordinary(text), 70_000]
-    assert val.tolist() == [*merging.encode_ordinary("the text"), 70_000]
+    assert val.tolist() == [*merging.encode_ordinary("the val"), 70_000]
 
 
-def test_files_are_taken_and_folders_searched(workdir):
-    """A pattern chooses the files of folders; a file counts once, however it is spelled."""
-    make_corpus(workdir / "src")
-    Path("src/deep").mkdir()
-    Path("src/deep/code.py").write_text("print()\n")
-    Path("src/deep/empty.py").touch()
-    Path("extra.md").write_text("# extra\n")
-    again = ["src/deep", "./extra.md", "src/../extra.md", f"{workdir}/extra.md"]
-    train, _ = make_dataset("src", "extra.md", *again, "--pattern=*.py", "--val=src/000.txt")
-    assert train == [b"print()\n", b"# extra\n"]
+@pytest.mark.parametrize("options", [[], ["--separator=---"]], ids=str)
+def test_a_byte_order_mark_is_not_text(workdir, options):
+    """The mark that Windows may write is left out, even in front of a separator."""
+    write_files(["\ufeff---\nText", "val"])
+    train, _ = make_dataset("000.txt", "--val=001.txt", *options)
+    assert train == [b"Text" if options else b"---\nText"]
 
 
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"], ids=repr)
 @pytest.mark.parametrize("separator", ["<|endoftext|>", "* * *", ""])
-def test_separator_lines_part_documents(workdir, monkeypatch, separator, line_end):
+def test_separator_lines_part_documents(workdir, separator, line_end):
     """A line that is the separator, and no other, ends a document, which is stripped."""
-    monkeypatch.setattr(prepare, "BLOCK", 24)
-    documents = [f" Story {i}\n  with {separator} inside\n{i}." for i in range(20)]
-    Path("a.txt").write_text(f"\n{separator}\n\n".join(documents), newline=line_end)
-    Path("b.txt").write_text("val")
-    train, _ = make_dataset("a.txt", "--val=b.txt", f"--separator={separator}")
+    documents = [f" Story {i}\n with {separator} inside\n{separator} \n{i}." for i in range(20)]
+    text = f"\n{separator}\n\n".join(documents)
+    write_files([text.replace("\n", line_end), "val"])
+    train, _ = make_dataset("000.txt", "--val=001.txt", f"--separator={separator}")
     assert train == [text.strip().replace("\n", line_end).encode() for text in documents]
 
 
-def test_many_documents_are_split_by_checksum(workdir):
-    """About a tenth of them is val, from anywhere in a file, and copies are in the same split."""
-    texts = [f"Document {i * 7919}.".encode() for i in range(100)]
-    Path("a.txt").write_bytes(b"\n---\n".join(texts))
-    Path("b.txt").write_bytes(b"\n---\n".join(reversed(texts)))
-    train, val = make_dataset("a.txt", "b.txt", "--separator=---")
-    assert sorted(train + val) == sorted(texts * 2)
-    assert set(train).isdisjoint(val)
-    assert 6 <= len(val) <= 40
-    assert val[0] != texts[90]
+@pytest.mark.parametrize(("separator", "count"), [("***", 3), ("---", 1)])
+def test_the_number_of_documents_is_printed(workdir, capsys, separator, count):
+    """If a separator never occurs, it shows that the file is one document."""
+    write_files(["one\n***\ntwo\n***\nthree", "val"])
+    make_dataset("000.txt", "--val=001.txt", f"--separator={separator}")
+    printed = capsys.readouterr().out
+    assert f"data/own/train.bin: {count} documents" in printed
+    assert "data/own/val.bin: 1 documents" in printed
 
 
-@pytest.mark.parametrize("fraction", [0.01, 0.3, 0.99])
-@pytest.mark.parametrize("files", [1, 4])
-def test_fewer_than_100_documents_are_cut_once(workdir, monkeypatch, fraction, files):
-    """Val begins at a line, val_fraction before the end; every byte is there, in order."""
-    monkeypatch.setattr(prepare, "BLOCK", 7)
-    part = "".join(f"línea {i}\n" for i in range(400 // files))
-    for i in range(files):
-        Path(f"{i}.txt").write_text(part)
-    text = part.encode() * files
+@pytest.mark.parametrize("fraction", [0.1, 0.5])
+def test_a_document_never_ends_up_in_both_splits(workdir, fraction):
+    """Copies stay together, and about val_fraction of all documents is in val."""
+    contents = write_files([f"Document {i % 250}.\n" for i in range(500)])
     train, val = make_dataset(".", f"--val_fraction={fraction}")
-    assert b"".join(train + val) == text
-    assert len(train + val) <= files + 1
-    assert val[0].startswith("lí".encode())
-    assert sum(map(len, val)) == pytest.approx(fraction * len(text) + 5.5, abs=6)
+    assert sorted(train + val) == sorted(contents)
+    assert set(train).isdisjoint(val)
+    assert len(val) == pytest.approx(500 * fraction, abs=25)
 
 
-def test_text_without_line_ends_is_cut_between_blocks(workdir, monkeypatch):
-    """Where no line ends, the cut is between two characters."""
-    monkeypatch.setattr(prepare, "BLOCK", 50)
-    Path("a.txt").write_text("日" * 1000)
-    assert make_dataset("a.txt") == [["日".encode() * 900], ["日".encode() * 100]]
+def test_documents_are_split_as_in_earlier_versions(workdir):
+    """New losses can be compared with published ones, because the split is the same."""
+    long_text = "2\n" * 40_000 + "end"
+    contents = write_files([*[f"Document {i}.\n" for i in range(99)], long_text])
+    _, val = make_dataset(".")
+    assert val == [contents[i] for i in (11, 14, 24, 30, 36, 43, 57, 86, 98, 99)]
 
 
-@pytest.mark.parametrize(("val", "documents"), [("text/../val", 9), ("val/007.txt", 150)])
-def test_val_is_what_is_named_as_such(workdir, val, documents):
-    """--val takes a file or a folder, however it is spelled, and leaves it out of train."""
-    texts = make_corpus(workdir / "text", documents)
-    Path("val").mkdir()
-    Path("val/007.txt").write_text("val\n")
-    assert make_dataset(".", "--val", val) == [[text.encode() for text in texts], [b"val\n"]]
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.3, 0.99])
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(1, "日" * 60_531), (1, "no end " * 30_000), (4, "日本\n" * 999), (99, "ab\n")],
+)
+def test_fewer_than_100_documents_are_cut_once(workdir, count, text, fraction):
+    """Val has the last val_fraction of the characters, wherever that begins; nothing is lost."""
+    write_files([text] * count)
+    train, val = make_dataset(".", f"--val_fraction={fraction}")
+    assert b"".join(train + val) == text.encode() * count
+    assert len(train + val) <= count + 1
+    val_characters = len(b"".join(val).decode())
+    assert val_characters == pytest.approx(fraction * len(text) * count, abs=1)
 
 
-def test_stdlib_is_that_of_the_running_interpreter(call):
-    """It says which Python's it is; it has no tests; val has about a tenth of the bytes."""
-    _, printed, error = call(prepare, "stdlib")
-    assert f"Python {sys.version.split()[0]}" in printed, error
-    train, val = map(b"".join, read_dataset("stdlib"))
-    assert Path(os.__file__).read_bytes() in train + val
-    assert b"class TestArgumentParser" not in train + val
-    assert 0.09 < len(val) / len(train + val) < 0.12
+def test_empty_documents_do_not_count(workdir):
+    """Two paragraphs with many blank lines between them are only two documents."""
+    write_files(["First." + "\n" * 150 + "Second"])
+    assert make_dataset(".", "--separator=", "--val_fraction=0.5") == [[b"First."], [b"Second"]]
 
 
 @pytest.mark.parametrize(
-    ("message", "arguments"),
-    [
-        ("no text is left for train", ["empty.txt"]),
-        ("no text is left for val", ["text", "--val_fraction=1e-9"]),
-        ("latin.txt as UTF-8 text", ["text", "latin.txt"]),
-        ("nowhere does not exist", ["text", "nowhere"]),
-        ("--val_fraction must lie between 0 and 1, got nan", ["text", "--val_fraction=nan"]),
-        ("encoding 'byte'", ["text", "--encoding=byte"]),
-        ("give your text a --name", ["text", "--name=../up"]),
-    ],
+    "val", [["val"], ["text/../val/"], ["./val/000.txt", "val/001.txt"], ["val/001.txt", "val"]]
 )
-def test_bad_input_is_refused_and_overwrites_nothing(corpus, refused, message, arguments):
-    """It is answered in one line, and all that was in data/ stays as it was."""
+def test_val_is_what_is_named_as_such(workdir, val):
+    """--val takes files and folders, however they are spelled, and leaves them out of train."""
+    texts = make_corpus("text")
+    Path("val").mkdir()
+    contents = write_files(["one", "two"], "val")
+    splits = make_dataset(".", *[f"--val={path}" for path in val])
+    assert splits == [[text.encode() for text in texts], contents]
+
+
+@pytest.mark.parametrize("again", ["extra.md", "src", "./src/deep", "src/../extra.md", "link.py"])
+def test_a_pattern_chooses_the_files_of_folders(workdir, again):
+    """Files that are named are read anyway, and every file once, however it is spelled."""
+    make_corpus("src")
+    Path("src/deep").mkdir()
+    Path("src/deep/code.py").write_text("print()\n")
+    Path("link.py").symlink_to("src/deep/code.py")
+    Path("extra.md").write_text("# extra\n")
+    train, _ = make_dataset("src", "extra.md", again, "--pattern=*.py", "--val=src/000.txt")
+    assert sorted(train) == [b"# extra\n", b"print()\n"]
+
+
+@pytest.mark.parametrize("hidden", [".#a.txt", ".ipynb_checkpoints/a.txt", "__MACOSX/._000.txt"])
+def test_hidden_files_are_skipped(workdir, hidden):
+    """In a folder, hidden files and the files of hidden folders are not read."""
+    texts = make_corpus("text")
+    path = Path("text", hidden)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("hidden")
+    train, val = make_dataset("text")
+    assert sorted(train + val) == sorted(text.encode() for text in texts)
+
+
+def test_the_standard_library_is_that_of_this_python(workdir, capsys):
+    """Its version is printed, and its tests are left out."""
+    prepare.main(["stdlib"])
+    assert f"Python {platform.python_version()}\n" in capsys.readouterr().out
+    train, val = read_dataset("stdlib")
+    assert Path(os.__file__).read_bytes() in train + val
+    assert b"class TestArgumentParser" not in b"".join(train + val)
+
+
+@pytest.mark.parametrize("name", ["own", "downloads"])
+@pytest.mark.parametrize("source", ["data/own", "data", "link"])
+def test_other_files_are_left_alone(workdir, source, name):
+    """prepare.py writes its three files into data/NAME, and changes nothing else in data/."""
+    Path("data/downloads").mkdir(parents=True)
+    Path("data/downloads/half.partial").write_text("half")
+    make_corpus("data/own")
+    Path("link").symlink_to("data/own")
+    before = snapshot("data")
+    for _ in range(2):
+        prepare.main([source, f"--name={name}", "--encoding=bytes"])
+    after = snapshot("data")
+    assert before.items() <= after.items()
+    written = sorted(path.name for path in after.keys() - before.keys())
+    assert written == ["meta.json", "train.bin", "val.bin"]
+
+
+@pytest.mark.parametrize(("argument", "message"), BAD_INPUT)
+def test_a_run_that_fails_leaves_the_old_dataset(corpus, argument, message):
+    """Bad input is refused in one line, and the dataset of that name stays as it was."""
     Path("empty.txt").touch()
     Path("latin.txt").write_bytes(b"caf\xe9\n")
-    before = snapshot("data")
-    refused(message, prepare, "--name=tiny", "--encoding=bytes", *arguments)
-    assert snapshot("data") == before
+    Path("nothing").mkdir()
+    before = snapshot(".")
+    sources = ["text"] if argument.startswith("--") else []
+    arguments = ["--name=tiny", "--encoding=bytes", *sources, argument]
+    assert_refused(prepare.main, arguments, message)
+    assert before.items() <= snapshot(".").items()
 
 
-def test_an_encoding_that_is_of_no_use_is_refused(corpus, refused, monkeypatch, merging):
-    """It must be there, and have a token for the end of a document."""
-    monkeypatch.setattr(prepare, "END_OF_TEXT", "<|end|>")
-    refused("'gpt2' has no <|end|>", prepare, "text", "--name=own")
-    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
-    refused("'gpt2' (no network): is TIKTOKEN_CACHE_DIR set?", prepare, "text", "--name=own")
+@pytest.mark.parametrize(("function", "number"), MOMENTS)
+def test_killed_at_any_moment(workdir, function, number):
+    """kill -9 leaves the old dataset, or none, or the new one, and the next run finishes."""
+    datasets = {}
+    for version in ("new", "old"):
+        Path(version).mkdir()
+        write_files([f"{version} train", f"{version} val"], version)
+        make_dataset(version, f"--val={version}/001.txt")
+        datasets[version] = snapshot("data")
+    arguments = ["new", "--val=new/001.txt", "--name=own", "--encoding=bytes"]
+    process = start("-m", "tests.kill", function, number, "prepare", *arguments)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    left = snapshot("data")
+    if Path("data/own/meta.json") in left:  # without it, there is no dataset
+        assert any(files.items() <= left.items() for files in datasets.values())
+    prepare.main(arguments)
+    assert snapshot("data") == datasets["new"]
 
 
-@pytest.mark.parametrize("damage", ["meta.json=[]", "meta.json={}", "val.bin=", "val.bin=even"])
-def test_a_damaged_dataset_is_noticed(corpus, damage):
-    """The message has the command that makes it anew."""
-    name, contents = damage.split("=")
-    Path("data/tiny", name).write_text(contents)
-    with pytest.raises(prepare.UserError, match=r"data/tiny .*: python prepare.py FILES --name"):
-        prepare.open_dataset("tiny")
+@pytest.mark.parametrize("option", ["separator=", "pattern=*.md", "val=text", "val_fraction=0"])
+def test_a_published_dataset_has_no_options_of_your_own_text(workdir, option):
+    """Such options are refused in one line, and nothing is written."""
+    message = f"stdlib has no --{option.partition('=')[0]}, it is for your own text"
+    assert_refused(prepare.main, ["stdlib", f"--{option}"], message)
+    assert not Path("data").exists()
+
+
+@pytest.mark.parametrize("options", [["--val=text", "--val_fraction=0.2"], ["--encoding=byte"]])
+def test_options_that_make_no_sense_are_refused(corpus, options):
+    """The exit status is 2, and nothing is written."""
+    before = snapshot(".")
+    with pytest.raises(SystemExit) as exit:
+        prepare.main(["text", "--name=tiny", *options])
+    assert exit.value.code == 2
+    assert snapshot(".") == before
 
 
 @pytest.mark.parametrize(
-    ("name", "call", "left"),
-    [
-        ("prepare.read_blocks", 200, "old"),
-        ("pathlib.Path.rename", 1, "old"),
-        ("pathlib.Path.rename", 2, "nothing"),
-        ("shutil.rmtree", 1, "new"),
-    ],
+    ("name", "what"), [("mine", "FILES --name mine"), ("tinystories", "tinystories")]
 )
-def test_killed_at_any_moment(workdir, name, call, left):
-    """kill -9 leaves the old dataset, or none, or the new one; the next run finishes."""
-    make_corpus(workdir / "old", 99)
-    make_corpus(workdir / "new", 120)
-    datasets = {"nothing": {}}
-    for folder in ("new", "old"):
-        make_dataset(folder)
-        datasets[folder] = snapshot("data/own")
-    process = start("-c", KILLED.format(name=name, call=call))
-    process.communicate(timeout=60)
-    assert process.returncode == -9
-    assert snapshot("data/own") == datasets[left]
-    make_dataset("new")
-    assert snapshot("data/own") == datasets["new"]
+def test_a_missing_dataset_comes_with_the_command_that_makes_it(workdir, name, what):
+    """The error has the --name of your own text."""
+    message = f"there is no dataset in data/{name}: run python prepare.py {what}"
+    assert_refused(lambda names: prepare.open_dataset(*names), [name], message)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+@pytest.mark.parametrize("lost", [1, 2, 1000])
+def test_a_dataset_that_is_cut_short_is_refused(corpus, name, lost):
+    """The error has the command that makes it anew."""
+    path = Path("data/tiny", name)
+    path.write_bytes(path.read_bytes()[:-lost])
+    message = f"{path} is damaged: run python prepare.py FILES --name tiny"
+    assert_refused(lambda names: prepare.open_dataset(*names), ["tiny"], message)

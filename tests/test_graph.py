@@ -13,34 +13,34 @@ import torch
 import train
 from lab import graph
 from model import GPT, rope_table
-from tests.reference import randomize, tiny_config
+from tests.helpers import assert_refused, tiny_model
 
 
 def make_model(encoding: str = "bytes", **changes) -> GPT:
-    """Make a model with weights so large that every term matters, and save it in model.pt."""
-    model = randomize(GPT(tiny_config(vocab_size=257, block_size=32, **changes)))
+    """Make a model whose weights are so large that every part matters, and save it in model.pt."""
+    model = tiny_model(vocab_size=257, block_size=32, **changes)
     contents = {"version": train.VERSION, "data": {"encoding": encoding}}
     contents |= {"model": model.state_dict(), "model_config": vars(model.config)}
     torch.save(contents, "model.pt")
     return model
 
 
-def make_page(call, prompt: str, n_new: int = 0) -> dict:
+def make_page(prompt: str, n_new: int = 0) -> dict:
     """Write page.html for a prompt and n_new more tokens, and return the data in it."""
-    options = ["--prompt", prompt, f"--max_new_tokens={n_new}"]
-    assert call(graph, "page", "model.pt", *options, "page.html")[0] == 0
-    text = Path("page.html").read_text()
-    return json.loads(re.search(r"^const data = (\{[^<\n]*\});$", text, re.MULTILINE)[1])
+    graph.main(["page", "model.pt", "page.html", "--prompt", prompt, f"--max_new_tokens={n_new}"])
+    data = Path("page.html").read_text().split("const data = ")[1].split(";\n")[0]
+    assert "<" not in data  # so that no token can end the script
+    return json.loads(data)
 
 
 @pytest.mark.parametrize(("top_k", "kind"), [(1, "dag"), (2, "dag_self"), (4, "dag")])
 @torch.no_grad()
-def test_page_numbers_equal_a_plain_loop(call, top_k, kind):
+def test_the_numbers_of_a_page_equal_a_plain_loop(top_k, kind):
     """They are those of the last block_size tokens of a text, to three decimals."""
     model = make_model(top_k=top_k, dag_depth=3, aggregator=kind)
     text = "The quick brown fox jumps over the lazy <b>dog</b>."
-    assert make_page(call, "")["tokens"] == ["<|endoftext|>"]
-    data = make_page(call, text)
+    assert make_page("")["tokens"] == ["<|endoftext|>"]
+    data = make_page(text)
     assert data["tokens"] == list(text[-32:])
     assert data["prompt"] == 32
     assert_close = partial(np.testing.assert_allclose, rtol=0, atol=6e-4)
@@ -48,15 +48,16 @@ def test_page_numbers_equal_a_plain_loop(call, top_k, kind):
     h = model.embed(torch.tensor([list(text[-32:].encode())]))
     for block, shown in zip(model.blocks, data["layers"], strict=True):
         moe = block.moe
-        h = h + block.attention(block.norm(h), rope)
+        h = h + block.attention(block.norm(h), rope, None)
         x = moe.norm(h[0])
-        weight, expert, _ = moe.router(x)
+        weight, expert, _, _ = moe.router(x)
         assert shown["expert"] == expert.tolist()
         assert_close(shown["weight"], weight)
         terms = weight[..., None] * moe.experts(x, expert)
         nodes = terms + h[0, :, None] / top_k
         for layer, edges in zip(moe.aggregate.layers, shown["depths"], strict=True):
             e, m = layer.edges(nodes)
+            assert kind == "dag" or not e[:, 0, 1].any()  # a node of dag_self hears only itself
             size = m.square().sum(dim=-1).sqrt()
             assert_close(edges["gate"], e.abs().mean(dim=-1))
             assert_close(edges["share"], size / size.sum(dim=2, keepdim=True))
@@ -67,14 +68,21 @@ def test_page_numbers_equal_a_plain_loop(call, top_k, kind):
         h = h + added
 
 
-def test_statistics_are_means_over_all_windows(corpus, call, monkeypatch):
+def test_a_page_ends_with_its_document(monkeypatch):
+    """What the model writes after <|endoftext|> is not part of the text."""
+    monkeypatch.setattr(GPT, "generate", lambda *_: torch.tensor([[65], [256], [66]]))
+    make_model()
+    assert make_page("ab", n_new=3)["tokens"] == ["a", "b", "A"]
+
+
+def test_statistics_are_means_over_all_windows(corpus, monkeypatch, capsys):
     """They equal those of all windows observed at once, and are printed."""
     monkeypatch.setattr(graph, "BATCH", 7 * 32)  # the last batch is smaller
     model = make_model()
     tokens = np.fromfile("data/tiny/val.bin", "uint16")
     table = graph.compute_statistics(model, tokens, 40 * 32)
-    offsets = np.linspace(0, len(tokens) - 33, 40).astype(int)
-    windows = train.read_windows(tokens, offsets, model.config, torch.device("cpu"))
+    starts = np.linspace(0, len(tokens) - 33, 40).astype(int)
+    windows = train.read_windows(tokens, starts, 32, torch.device("cpu"))
     first, depth = graph.observe(model, windows[:, :-1])[1]
     assert torch.equal(first.after, depth.before)
     assert not model.blocks[1].moe.router._forward_hooks
@@ -82,23 +90,23 @@ def test_statistics_are_means_over_all_windows(corpus, call, monkeypatch):
     cosine = cosine[:, ~torch.eye(3, dtype=torch.bool)]
     means = [depth.gate.mean(), depth.gate.std(), cosine.mean(), depth.beyond.mean()]
     assert table[1, 1].tolist() == pytest.approx(torch.stack(means).tolist(), rel=1e-4)
-    out = call(graph, "stats", "model.pt", "--dataset=tiny", "--tokens=1280")[1]
-    end = "2 2 {:.3f} ± {:.3f} {:.2f} {:.3f}".format(*means)
-    assert " ".join(out.split()).endswith(end)
+    graph.main(["stats", "model.pt", "--dataset=tiny", "--tokens=1280"])
+    last_row = "2 2 {:.3f} ± {:.3f} {:.2f} {:.3f}".format(*means)
+    assert capsys.readouterr().out.splitlines()[-1].split() == last_row.split()
 
 
-def test_refusals(corpus, refused):
+def test_refusals(corpus):
     """What cannot be shown is refused in one line."""
     make_model(aggregator="sum")
-    refused("model.pt has no graph", graph, "page", "model.pt", "x.html")
-    refused("must be a .html file", graph, "page", "model.pt", "model.pt")
-    refused("a folder that exists", graph, "page", "model.pt", "no/x.html")
+    assert_refused(graph.main, ["page", "model.pt", "x.html"], "model.pt has no graph")
+    assert_refused(graph.main, ["page", "model.pt", "model.pt"], "must be a .html file")
+    assert_refused(graph.main, ["page", "model.pt", "no/x.html"], "a folder that exists")
     make_model(encoding="gpt2")
-    refused("the model cannot read", graph, "stats", "model.pt", "--dataset=tiny")
+    assert_refused(graph.main, ["stats", "model.pt", "--dataset=tiny"], "the model cannot read")
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium-driver")
-def test_page_in_a_browser(call):
+def test_a_page_in_a_browser():
     """Clicks and keys choose what is shown, and there are no errors."""
     webdriver = pytest.importorskip("selenium.webdriver")
     options = webdriver.ChromeOptions()
@@ -107,7 +115,7 @@ def test_page_in_a_browser(call):
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     service = webdriver.ChromeService(shutil.which("chromedriver"))
     make_model(n_expert=5)
-    data = make_page(call, "ï </script><script>", n_new=2)
+    data = make_page("ï </script><script>", n_new=2)
     depths = [[depth["gate"] for depth in layer["depths"]] for layer in data["layers"]]
     gates = np.array(depths)  # (layers, depths, tokens, K, K)
     with webdriver.Chrome(options, service) as browser:

@@ -1,99 +1,125 @@
-"""lab/results/: the tables of the reports are what their CSV files say."""
+"""lab/results/: the tables of the reports have what their CSV files say, or what lab/ prints."""
 
 import csv
-import re
 from statistics import fmean, median
 
 import pytest
 
-from lab import compare, shared, trees
-from tests.conftest import REPOSITORY
+from lab import compare, cost, trees
+from lab.shared import half_width, paired_differences
+from tests.helpers import REPOSITORY
+from tests.reference import plain_cost
 
 RESULTS = REPOSITORY / "lab/results"
-INTERVAL = r"[+-]\d\.\d{4} \([+-]\d\.\d{4} to [+-]\d\.\d{4}\)"
 
 
-def read_rows(name: str, columns: int) -> list[list[str]]:
-    """Return the cells of a report's table that has so many columns; minus signs are hyphens."""
+def read_table(name: str, place: str) -> list[list[str]]:
+    """Return the cells of a report's first table after some words; minus signs become hyphens."""
     text = (RESULTS / name).read_text(encoding="utf-8").replace("−", "-")
-    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| `")]
-    return [[cell.strip() for cell in row] for row in rows if len(row) == columns]
+    table = text[text.index(place) :].partition("\n\n|")[2].partition("\n\n")[0]
+    lines = table.splitlines()[2:]  # below the names of the columns
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
 
-def numbers(cells: list[str]) -> list[float]:
-    """Return all numbers in the cells."""
-    return [float(word) for cell in cells for word in cell.split()]
+def read_column(name: str, key: str, column: str) -> dict[str, list[float]]:
+    """Return the numbers in a column of a CSV file, by what is in another column."""
+    numbers = {}
+    for row in csv.DictReader((RESULTS / name).read_text().splitlines()):
+        numbers.setdefault(row[key], []).append(float(row[column]))
+    return numbers
 
 
-def test_text_has_its_losses(call):
-    """Losses and differences of twenty seeds to both arms, and of up to five seeds."""
-    text = RESULTS / "text.csv"
-    more = RESULTS / "text_seeds.csv"
-    few = call(compare, "table", text)[1]
-    many = call(compare, "table", text, more)[1]
-    many += call(compare, "table", text, more, "--against=shared")[1]
-    for columns, out in ((9, few), (6, many)):
-        rows = read_rows("text.md", columns)
-        assert len(rows) == (7 if columns == 9 else 3)
-        for row in rows:
-            for number in re.findall(rf"{INTERVAL}|^1\.2\d{{3}}$", "\n".join(row), re.MULTILINE):
-                assert number in out
+def write_interval(mean: float, width: float) -> str:
+    """Write a mean and its interval as the tables have them."""
+    return f"{mean:+.4f} ({mean - width:+.4f} to {mean + width:+.4f})"
 
 
 @pytest.mark.parametrize(
-    ("columns", "arms", "against", "seeds"), [(11, 9, "sum", 5), (8, 11, "dag2_silu", 1)]
+    ("place", "files", "arms", "against"),
+    [
+        ("## Twenty seeds", ["text.csv", "text_seeds.csv"], 3, ["sum", "shared"]),
+        ("## Seven arms", ["text.csv"], 7, ["sum"]),
+        ("## One size larger", ["ablation_s.csv"], 4, ["sum"]),
+    ],
 )
-def test_trees_have_their_accuracies(columns, arms, against, seeds):
-    """All trials less those of sum come first, then those of seed 1 less those of dag2_silu."""
+def test_text(place, files, arms, against):
+    """Each row has parameters, multiply-adds, loss, and differences to one arm or to two."""
+    runs = compare.collect_runs([RESULTS / file for file in files])
+    rows = read_table("text.md", place)
+    assert len(rows) == arms
+    for name, *cells in rows:
+        arm = name.split("`")[1]
+        last = runs[arm, 1][-1]
+        multiply_adds = f"{last.multiply_adds / runs['sum', 1][-1].multiply_adds:.2f} ×"
+        expected = [f"{last.parameters:,}", "1" if arm == "sum" else multiply_adds]
+        summaries = [compare.summarize(runs, other)[arm] for other in against]
+        expected.append(f"{summaries[0].curve[-1][1]:.4f}")
+        for other, summary in zip(against, summaries, strict=True):
+            if arm != other:
+                difference = write_interval(summary.mean, summary.half_width)
+                expected.append(difference.removesuffix(" (+nan to +nan)"))  # of a single seed
+        assert [cell for cell in cells if cell in expected] == expected
+
+
+def test_hello_world():
+    """The table has means of five seeds, and their differences to those of sum."""
+    names = ("steps", "cpu_seconds", "val_loss")
+    steps, seconds, losses = (read_column("hello_world.csv", "arm", name) for name in names)
+    rows = read_table("text.md", "## nanoGPT's hello world")
+    for arm, (_, *cells) in zip(["sum", "shared", "dag1", "dag2"], rows, strict=True):
+        means = [f"{fmean(steps[arm]):,.0f}", f"{fmean(seconds[arm]):.0f}"]
+        means.append(f"{fmean(losses[arm]):.4f}")
+        gaps = [ours - theirs for ours, theirs in zip(losses[arm], losses["sum"], strict=True)]
+        difference = "" if arm == "sum" else write_interval(fmean(gaps), half_width(gaps))
+        assert cells == [*means, difference]
+
+
+@pytest.mark.parametrize(
+    ("place", "arms", "against", "seeds"),
+    [("## Table", 9, "sum", 5), ("The second table", 11, "dag2_silu", 1)],
+)
+def test_trees(place, arms, against, seeds):
+    """One table has all trials less those of sum, one those of seed 1 less those of dag2_silu."""
     trials = trees.read_trials()
-    groups = trees.group_trials(trials, 3, 12_000)
-
-    def accuracies(arm: str) -> dict:
-        by_key = trees.accuracies(groups[arm, trees.best_rate(arm, trials)])
-        return {(draw, seed): by_key[draw, seed] for draw, seed in by_key if seed <= seeds}
-
-    rows = read_rows("trees.md", columns)
+    of_seeds = [trial for trial in trials if trial.seed <= seeds]
+    groups = trees.group_trials(of_seeds, depth=3, steps=12_000)
+    others = trees.accuracies(groups[against, trees.best_rate(against, trials)])
+    rows = read_table("trees.md", place)
     assert len(rows) == arms
     for name, parameters, multiply_adds, rate, *cells in rows:
         arm = name.split("`")[1]
         assert float(rate) == trees.best_rate(arm, trials)
         trial = groups[arm, float(rate)][0]
         assert [parameters, multiply_adds] == [f"{trial.parameters:,}", f"{trial.multiply_adds:,}"]
-        ours = accuracies(arm)
-        gaps = shared.paired_differences(ours, accuracies(against))
-        over_draws = shared.half_width(trees.means_by_draw(gaps))
-        draws = cells.pop(2 if seeds > 1 else 1)
-        assert numbers([draws]) == pytest.approx(trees.means_by_draw(ours), abs=5.1e-3), arm
-        expected = [fmean(ours.values()), fmean(gaps.values()), over_draws]
-        if seeds > 1:
-            cells.pop()  # the seconds
-            expected.insert(1, shared.half_width(list(ours.values())))
-            expected.insert(3, shared.half_width(list(gaps.values())))
-        expected = expected[: len(numbers(cells))] if arm == against else expected
-        assert numbers(cells) == pytest.approx(expected, abs=5.1e-4), arm
+        ours = trees.accuracies(groups[arm, float(rate)])
+        means = trees.means_by_draw(ours)
+        result = [fmean(ours.values()), half_width(list(ours.values())), *means]
+        gaps = paired_differences(ours, others)
+        difference = [fmean(gaps.values()), half_width(list(gaps.values()))]
+        difference.append(half_width(trees.means_by_draw(gaps)))
+        seconds = [12_000 * trees.best_pace(arm, 3, trials)]
+        if seeds == 1:  # that table has neither intervals over trials nor seconds
+            del result[1], difference[1], seconds[0]
+        if arm == against:
+            difference = []
+        words = " ".join(cells).split()
+        for word, number in zip(words, result + difference + seconds, strict=True):
+            decimals = len(word.partition(".")[2])
+            assert float(word) == pytest.approx(number, abs=0.51 * 10**-decimals), (arm, word)
 
 
-def test_hello_world_has_its_losses():
-    """Means of five seeds, less those of sum."""
-    losses = {}
-    for row in csv.DictReader((RESULTS / "hello_world.csv").read_text().splitlines()):
-        losses.setdefault(row["arm"], {})[row["seed"]] = float(row["val_loss"])
-    arms = {"sum": "sum", "shared": "shared", "L = 1": "dag1", "L = 2": "dag2"}
-    for name, _, _, loss, difference in read_rows("text.md", 5)[-4:]:
-        arm = next(arms[word] for word in arms if word in name.split(", the ")[0])
-        assert float(loss) == pytest.approx(fmean(losses[arm].values()), abs=6e-5)
-        gaps = list(shared.paired_differences(losses[arm], losses["sum"]).values())
-        low = fmean(gaps) - shared.half_width(gaps)
-        high = fmean(gaps) + shared.half_width(gaps)
-        expected = f"{fmean(gaps):+.4f} ({low:+.4f} to {high:+.4f})"
-        assert difference == ("" if arm == "sum" else expected)
-
-
-def test_gpu_has_its_speeds():
+def test_gpu_speeds():
     """They are medians of all stretches but the first, in which torch compiles."""
-    speeds = {}
-    for row in csv.DictReader((RESULTS / "gpu.csv").read_text().splitlines()):
-        speeds.setdefault(row["run"], []).append(float(row["tokens_per_s"]))
-    expected = [f"{median(values[2:]) / 1e3:.0f},000" for values in speeds.values()]
-    text = (RESULTS / "gpu.md").read_text(encoding="utf-8")
-    assert re.findall(r"\| ([\d,]+) \([\d,]+ to [\d,]+\) \|", text) == expected
+    speeds = read_column("gpu.csv", "run", "tokens_per_s")
+    rows = read_table("gpu.md", "## Training, compiled")
+    for (_, cell, _), of_run in zip(rows, speeds.values(), strict=True):
+        assert cell.split()[0] == f"{median(of_run[2:]) / 1e3:.0f},000"
+
+
+def test_costs(monkeypatch, capsys):
+    """The table is what lab.cost prints of all configs, with what a formula says."""
+    monkeypatch.setattr(cost, "count", lambda config: cost.Cost(*plain_cost(config)))
+    cost.main(["table", *map(str, REPOSITORY.glob("configs/*.toml"))])
+    table = capsys.readouterr().out
+    assert "| quickstart | 2 | 128 |" in table
+    assert table in (RESULTS / "cost.md").read_text(encoding="utf-8")

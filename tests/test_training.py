@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,24 +11,20 @@ import torch.nn.functional as F
 import prepare
 import train
 from model import GPT, ModelConfig
-from tests.conftest import TINY_RUN
-from train import TrainConfig, make_config, read_settings
+from tests.helpers import TINY_RUN, assert_refused, load
+from train import TrainConfig, make_config, parse_settings
 
 TUNED = [*TINY_RUN, "--init_from=out/tiny", "--out_dir=out/tuned"]
 COLUMNS = "step tokens train_loss val_loss val_bpb balance_loss z_loss lr grad_norm tokens_per_s"
 
 
-def load(path: str) -> dict:
-    return torch.load(path, weights_only=True)
-
-
-def read_log(path="out/tiny/log.csv") -> np.ndarray:
-    """Return a log's columns by name, with nan where there is nothing."""
+def read_log(path: str = "out/tiny/log.csv") -> np.ndarray:
+    """Return a log's columns by name."""
     return np.genfromtxt(path, delimiter=",", names=True)
 
 
 def read_batch(tokens, config: TrainConfig, step: int) -> torch.Tensor:
-    """Return all windows of a step, (grad_accum, batch_size, block_size + 1)."""
+    """Return all windows of a step: (grad_accum, batch_size, block_size + 1)."""
     generator = np.random.default_rng((config.seed, step))
     shape = (config.grad_accum, config.batch_size)
     starts = generator.integers(0, len(tokens) - 16, size=shape)
@@ -38,7 +33,7 @@ def read_batch(tokens, config: TrainConfig, step: int) -> torch.Tensor:
     return torch.from_numpy(batch).view(*shape, 17)
 
 
-def plain_rate(step: int, config: TrainConfig) -> float:
+def plain_learning_rate(step: int, config: TrainConfig) -> float:
     """Return the learning rate of a step: a line up, then a cosine down."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
@@ -47,9 +42,9 @@ def plain_rate(step: int, config: TrainConfig) -> float:
     return config.learning_rate - fallen * (config.learning_rate - config.min_lr)
 
 
-def plain_training(settings: list[str]) -> tuple[GPT, list[float], list[float]]:
+def plain_training(arguments: list[str]) -> tuple[GPT, list[float], list[float]]:
     """Train as documented: return the model, and each step's loss and norm of the gradient."""
-    settings = read_settings(settings)
+    settings = parse_settings(arguments)
     config = make_config(TrainConfig, settings)
     _, tokens, _ = prepare.open_dataset("tiny")
     torch.manual_seed(config.seed)
@@ -76,7 +71,7 @@ def plain_training(settings: list[str]) -> tuple[GPT, list[float], list[float]]:
         for weight in parameters:
             weight.grad *= min(1.0, config.grad_clip / norm)
         for group in optimizer.param_groups:
-            group["lr"] = plain_rate(step, config)
+            group["lr"] = plain_learning_rate(step, config)
         optimizer.step()
         losses.append(loss.item())
         norms.append(norm)
@@ -86,69 +81,32 @@ def plain_training(settings: list[str]) -> tuple[GPT, list[float], list[float]]:
 @pytest.mark.parametrize(
     ("aggregator", "grad_accum", "warmup_steps"), [("sum", 1, 0), ("dag", 3, 3)]
 )
-def test_a_run_equals_a_plain_loop(corpus, call, aggregator, grad_accum, warmup_steps):
-    """Weights, losses, norms and rates of eight steps are those of the plain loop."""
+def test_a_run_equals_a_plain_loop(corpus, aggregator, grad_accum, warmup_steps):
+    """Weights, losses, gradient norms and learning rates of eight steps are a plain loop's."""
     settings = [*TINY_RUN, f"--aggregator={aggregator}", f"--grad_accum={grad_accum}"]
     settings += [f"--warmup_steps={warmup_steps}", "--min_lr=0.001", "--weight_decay=3"]
-    settings += ["--grad_clip=0.3", "--balance_coef=0.5", "--z_coef=0.25"]
-    settings += ["--max_steps=8", "--eval_interval=2"]
-    assert call(train, *settings)[0] == 0
+    settings += ["--max_steps=8", "--eval_interval=2", "--grad_clip=0.6"]
+    settings += ["--balance_coef=0.5", "--z_coef=0.3"]
+    train.main(settings)
     model, losses, norms = plain_training(settings)
-    assert max(norms) > 0.6, "else nothing is clipped"
-    for name, weight in load("out/tiny/ckpt.pt")["model"].items():
+    assert max(norms) > 0.6, "or nothing would be clipped"
+    for name, weight in load()["model"].items():
         assert (weight - model.state_dict()[name]).abs().max() < 2e-5, name
     log = read_log()
     mean_losses = np.array(losses).reshape(4, 2).mean(axis=1)
     assert log["train_loss"][1:] == pytest.approx(mean_losses, abs=1e-5)
     assert log["grad_norm"][1:] == pytest.approx(norms[1::2], rel=1e-3)
-    config = make_config(TrainConfig, read_settings(settings))
-    rates = [plain_rate(step, config) for step in range(0, 9, 2)]
-    assert log["lr"] == pytest.approx(rates)
-
-
-def test_a_batch_goes_to_a_gpu_without_waiting(monkeypatch):
-    """It is pinned, and then copied with non_blocking."""
-    calls = []
-
-    def to(self, device, non_blocking):
-        calls.append(non_blocking)
-
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append("pin") or self)
-    monkeypatch.setattr(torch.Tensor, "to", to)
-    gpu = SimpleNamespace(type="cuda")
-    train.read_windows(np.arange(50), np.array([0]), ModelConfig(block_size=8), gpu)
-    assert calls == ["pin", True]
-
-
-def test_the_next_batch_is_loaded_while_the_device_computes(corpus, call, monkeypatch):
-    """It is loaded after the backward pass has begun, and before anything waits for its result."""
-    calls = []
-
-    def note(owner, name):
-        function = getattr(owner, name)
-
-        def noted(*arguments):
-            calls.append(name)
-            return function(*arguments)
-
-        monkeypatch.setattr(owner, name, noted)
-
-    note(train, "get_batch")
-    note(torch.Tensor, "backward")
-    note(torch.nn.utils, "clip_grad_norm_")
-    assert call(train, *TINY_RUN, "--max_steps=2", "--eval_interval=9")[0] == 0
-    step = ["backward", "get_batch", "clip_grad_norm_"]
-    assert calls == ["get_batch", *step, *step]
+    config = make_config(TrainConfig, parse_settings(settings))
+    learning_rates = [plain_learning_rate(step, config) for step in range(1, 9, 2)]
+    assert log["lr"][1:] == pytest.approx(learning_rates)
 
 
 def test_evaluation_equals_a_plain_loop(corpus):
-    """It gives means over thirty evenly spaced windows, however many are read at a time."""
+    """It returns means over thirty evenly spaced windows, however many it reads at a time."""
     torch.manual_seed(0)
     model = GPT(ModelConfig(block_size=16, n_layer=1))
     _, _, tokens = prepare.open_dataset("tiny")
-    cast = train.autocast(torch.device("cpu"))
-    single = TrainConfig(eval_tokens=30 * 16 + 5, batch_size=1)
-    several = TrainConfig(eval_tokens=30 * 16 + 5, batch_size=7)
+    amp = train.autocast(torch.device("cpu"), "float32")
     results = []
     for start in np.linspace(0, len(tokens) - 17, 30).astype(int):
         window = torch.from_numpy(tokens[start : start + 17].astype(np.int64))
@@ -156,95 +114,127 @@ def test_evaluation_equals_a_plain_loop(corpus):
         loss = F.cross_entropy(out.logits[0], window[1:])
         results.append([loss.item(), out.balance_loss.item(), out.z_loss.item()])
     means = np.mean(results, axis=0)
-    assert train.evaluate(model, tokens, single, cast) == pytest.approx(means, abs=1e-4)
-    loss, _, z_loss = train.evaluate(model, tokens, several, cast)
+    single = TrainConfig(eval_tokens=30 * 16 + 5, batch_size=1)
+    assert train.evaluate(model, tokens, single, amp) == pytest.approx(means, abs=1e-4)
+    several = TrainConfig(eval_tokens=30 * 16 + 5, batch_size=7)
+    loss, _, z_loss = train.evaluate(model, tokens, several, amp)
     assert [loss, z_loss] == pytest.approx(means[[0, 2]], abs=1e-4)
 
 
-def test_the_log_has_a_row_per_evaluation(corpus, call, monkeypatch):
-    """By a clock of half a second a look, three steps of 2 · 4 · 16 tokens are 768 a second."""
+def test_evaluation_switches_dropout_off(corpus):
+    """A model is evaluated in evaluation mode, and left in training mode."""
+    modes = []
+    model = GPT(ModelConfig(block_size=16, n_layer=1))
+    model.register_forward_hook(lambda module, x, out: modes.append(module.training))
+    _, _, tokens = prepare.open_dataset("tiny")
+    amp = train.autocast(torch.device("cpu"), "float32")
+    train.evaluate(model, tokens, TrainConfig(eval_tokens=64), amp)
+    assert modes == [False]
+    assert model.training
+
+
+def test_what_a_run_prints_and_logs(corpus, monkeypatch, capsys):
+    """With a fake clock that advances 0.5 s per reading, three steps of 128 tokens take 0.5 s."""
     clock = iter(np.arange(0, 1000, 0.5))
-
-    def evaluate(*arguments):
-        next(clock)  # its time does not count
-        return [2.0, 3.0, 4.0]
-
-    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(train, "evaluate", lambda *arguments: [2.0, 3.0, 4.0])
     monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
-    _, out, _ = call(train, *TINY_RUN, "--grad_accum=2")
-    assert "9,760 parameters, 8,224 active per token, 128 tokens per step" in out
+    train.main([*TINY_RUN, "--grad_accum=2"])
+    out = capsys.readouterr().out
+    meta, _, _ = prepare.open_dataset("tiny")
+    passes = 6 * 128 / meta["splits"]["train"]["tokens"]
+    assert "cpu, float32; 9,760 parameters, a token uses 8,224" in out
+    assert f"6 steps of 128 tokens, {passes:.1f} passes over the data" in out
     log = read_log()
     assert log.dtype.names == tuple(COLUMNS.split())
     assert log["step"].tolist() == [0, 3, 6]
-    assert log["tokens"].tolist() == [0, 3 * 2 * 4 * 16, 6 * 2 * 4 * 16]
+    assert log["tokens"].tolist() == [0, 3 * 128, 6 * 128]
     assert log["tokens_per_s"].tolist() == [0, 768, 768]
     assert log[["val_loss", "balance_loss", "z_loss"]].tolist() == [(2.0, 3.0, 4.0)] * 3
-    val = prepare.open_dataset("tiny")[0]["splits"]["val"]
+    val = meta["splits"]["val"]
     bits = 2.0 / math.log(2) * val["tokens"] / val["bytes"]
     assert log["val_bpb"] == pytest.approx(bits)
-    assert f"step      6: validation loss 2.0000, bits/byte {bits:.4f}, 768 tokens/s, 00:" in out
+    losses = f"validation loss 2.0000, bits/byte {bits:.4f}, balance loss 3.00"
+    assert f"step      6: {losses}, 768 tokens/s" in out
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_dtype_is_the_precision_of_the_products(corpus, call, monkeypatch, dtype):
-    """Logits have it in training and in evaluation, while weights stay float32."""
+def test_dtype_is_the_precision_of_matrix_products(corpus, monkeypatch, dtype):
+    """Logits have this dtype in training and in evaluation, while weights stay float32."""
     seen = set()
     forward = GPT.forward
 
     def noted(self, *arguments, **options):
         out = forward(self, *arguments, **options)
-        seen.add((self.training, torch.is_grad_enabled(), out.logits.dtype))
+        seen.add((torch.is_grad_enabled(), out.logits.dtype))
         return out
 
     monkeypatch.setattr(GPT, "forward", noted)
-    monkeypatch.setattr("sample.main", lambda arguments: None)
-    assert call(train, *TINY_RUN, f"--dtype={dtype}".replace("torch.", ""))[0] == 0
-    assert seen == {(True, True, dtype), (True, False, dtype)}
-    assert load("out/tiny/ckpt.pt")["model"]["embed.weight"].dtype == torch.float32
+    train.main([*TINY_RUN, f"--dtype={str(dtype).removeprefix('torch.')}"])
+    assert seen == {(True, dtype), (False, dtype)}
+    assert load()["model"]["embed.weight"].dtype == torch.float32
 
 
-def test_the_best_and_the_last_good_model_are_kept(corpus, refused, monkeypatch):
-    """The untrained model does not count, and a loss that is not finite ends the run."""
-    val_losses = iter([1.0, 5.0, 3.0, 4.0, math.nan])
+@pytest.mark.parametrize(
+    ("val_losses", "best_step"), [([9.0, 5.0, 3.0, 4.0, 4.5], 4), ([1.0, 2.0, 3.0, 4.0, 5.0], 0)]
+)
+def test_the_best_model_is_kept(corpus, monkeypatch, val_losses, best_step):
+    """best.pt is the model of the lowest validation loss, the untrained one included."""
+    remaining = iter(val_losses)
+    monkeypatch.setattr(train, "evaluate", lambda *arguments: [next(remaining), 1.0, 1.0])
+    train.main([*TINY_RUN, "--eval_interval=2", "--max_steps=8"])
+    assert load("out/tiny/best.pt")["step"] == best_step
+    assert load("out/tiny/ckpt.pt")["step"] == 8
+
+
+def test_a_validation_loss_that_is_not_finite_is_never_saved(corpus, monkeypatch):
+    """The run ends with an error, and its last good checkpoint is still there."""
+    val_losses = iter([5.0, 4.0, math.nan])
     monkeypatch.setattr(train, "evaluate", lambda *arguments: [next(val_losses), 1.0, 1.0])
-    often = ["--eval_interval=2", "--max_steps=8"]
-    refused("step 8: the validation loss is nan", train, *TINY_RUN, *often)
-    assert load("out/tiny/best.pt")["step"] == 4
-    assert load("out/tiny/ckpt.pt")["step"] == 6
+    assert_refused(train.main, TINY_RUN, "the validation loss is nan at step 6")
+    assert load("out/tiny/best.pt")["step"] == 3
+    assert load("out/tiny/ckpt.pt")["step"] == 3
 
 
-def test_a_run_that_diverges_ends_before_it_saves(corpus, refused, monkeypatch):
-    """One line says at which step, and the last checkpoint is still good."""
-    rates = [0.01, 0.01, 0.01, math.inf, 0.01]
-    monkeypatch.setattr(train, "get_learning_rate", lambda step, config: rates[step])
-    refused("step 4: loss nan", train, *TINY_RUN, "--eval_interval=100")
-    assert load("out/tiny/ckpt.pt")["step"] == 1
+def test_a_run_that_diverges_ends(corpus, monkeypatch):
+    """The error names the step, and the last good checkpoint is still there."""
+    learning_rates = [0.01, 0.01, 0.01, math.inf, 0.01, 0.01]
+    monkeypatch.setattr(train, "get_learning_rate", lambda step, config: learning_rates[step])
+    assert_refused(train.main, TINY_RUN, "the loss is nan at step 5")
+    assert load("out/tiny/ckpt.pt")["step"] == 3
 
 
 @pytest.mark.parametrize("aggregator", ["sum", "dag"])
-def test_new_weights_come_from_another_run(corpus, call, aggregator):
-    """The first loss is the other run's last, AdamW counts anew, and a sum gets a graph."""
-    assert call(train, *TINY_RUN, f"--aggregator={aggregator}")[0] == 0
-    assert call(train, *TUNED, "--aggregator=dag")[0] == 0
-    log = read_log("out/tuned/log.csv")
-    assert log["val_loss"][0] == pytest.approx(read_log()["val_loss"][-1], abs=1e-5)
+def test_a_run_starts_from_the_weights_of_another(corpus, aggregator):
+    """The first loss is the other run's last, AdamW starts afresh, and a sum may gain a graph."""
+    train.main([*TINY_RUN, f"--aggregator={aggregator}"])
+    train.main([*TUNED, "--aggregator=dag"])
+    tuned = read_log("out/tuned/log.csv")
+    assert tuned["val_loss"][0] == pytest.approx(min(read_log()["val_loss"]), abs=1e-5)
     checkpoint = load("out/tuned/ckpt.pt")
     assert checkpoint["optimizer"]["state"][0]["step"] == 6
     assert checkpoint["model"]["blocks.1.moe.aggregate.layers.0.w_up.weight"].abs().max() > 0
 
 
-@pytest.mark.parametrize("change", ["--n_layer=3", "--aggregator=sum"])
-def test_weights_that_do_not_fit_are_refused(corpus, call, refused, change):
-    """One line, and no folder is made."""
-    assert call(train, *TINY_RUN)[0] == 0
-    refused("the weights of out/tiny do not fit", train, *TUNED, change)
+@pytest.mark.parametrize(
+    ("arguments", "change", "message"),
+    [
+        ([], "--n_layer=3", "blocks.2.norm.weight has the shape None in the checkpoint and (16,)"),
+        ([], "--aggregator=sum", "aggregate.layers.0.norm.weight has the shape (16,) in the check"),
+        ([], "--expert_dim=4", "gate_proj has the shape (4, 8, 16) in the checkpoint and (4, 4,"),
+        (["--tie_embeddings=false"], "--tie_embeddings=true", "tie_embeddings is not what it is"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(corpus, arguments, change, message):
+    """The error has the name and both shapes, and no folder is made."""
+    train.main([*TINY_RUN, *arguments])
+    assert_refused(train.main, [*TUNED, change], message)
     assert not Path("out/tuned").exists()
 
 
-def test_a_compiled_run_saves_plain_names(corpus, call, monkeypatch):
-    """What it saves, an uncompiled run can resume."""
+def test_a_compiled_run_saves_plain_names(corpus, monkeypatch):
+    """A run that was compiled can be resumed without compiling."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: compile(model, backend="eager"))
-    assert call(train, *TINY_RUN, "--compile", "--max_steps=3")[0] == 0
-    assert call(train, *TINY_RUN, "--resume", "--compile=false")[0] == 0
-    assert load("out/tiny/ckpt.pt")["step"] == 6
+    train.main([*TINY_RUN, "--compile=true", "--max_steps=3"])
+    train.main(["--resume=out/tiny", "--compile=false", "--max_steps=6"])
+    assert load()["step"] == 6
