@@ -1,15 +1,16 @@
 """DAG-MoE in one file: a Llama-style GPT whose mixture-of-experts layers end in a small graph.
 
-A mixture-of-experts (MoE) layer has E small feed-forward networks, the experts. For every token a
-router chooses K of them, and the layer adds up their outputs, each times a weight from the router.
-DAG-MoE (arXiv 2606.01062 v1; "Eq. 7" is an equation there) replaces this sum: the K outputs become
-the nodes of a graph and exchange messages L times, much as K tokens do in attention. But:
-- An edge from output j to output i has D gates, one per channel, instead of one softmax weight.
-- The message on an edge depends on both of its ends; attention's value depends on the sender only.
-- Every node hears every node, itself included, and all pairs share the same matrices.
+A mixture-of-experts (MoE) layer has E small feed-forward networks, the experts. For every token, a
+router picks K of them, and the layer adds up their outputs, each scaled by a weight from the
+router. DAG-MoE (arXiv 2606.01062 v1; "Eq. 7" is an equation there) replaces this sum with a graph
+whose nodes are the K outputs. For L rounds, every node sends a message to every node, itself
+included. This is a lot like attention among K tokens, with three differences:
+- An edge has D gates, one per channel, where attention has one softmax weight.
+- A message depends on both its sender and its receiver; attention's value, on the sender only.
 - There are no positions: node i is the token's i-th choice, whichever expert that is.
 
-The graph comes first, then what feeds it, then the transformer around both. They meet in MoE:
+The file starts with the graph, goes on to what feeds it, and ends with the transformer around
+both. This is where they meet, in MoE.forward:
 
     x = self.norm(h)                                         # (S, C), what the experts read
     weight, expert, balance_loss, z_loss = self.router(x)    # (S, K), (S, K) and two numbers
@@ -41,21 +42,21 @@ NORM_EPS = 1e-5  # in every RMSNorm, x / sqrt(mean(x²) + eps) · scale
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The settings that determine the network. Impossible sizes raise a ValueError."""
+    """Everything that defines the network. Sizes that do not fit together raise a ValueError."""
 
     vocab_size: int = 257  # number of token ids
     block_size: int = 256  # longest context, in tokens
     n_layer: int = 4  # blocks of attention and MoE
-    n_head: int = 4  # query heads of an attention
-    n_kv_head: int = 2  # key/value heads; several query heads share one
+    n_head: int = 4  # query heads per layer
+    n_kv_head: int = 2  # key/value heads, each shared by several query heads
     n_embd: int = 128  # C, width of the residual stream
     rope_theta: float = 10000.0  # base of the rotary positions
-    tie_embeddings: bool = True  # the output layer is the embedding, transposed
+    tie_embeddings: bool = True  # use the embedding matrix as the output layer, too
     n_expert: int = 16  # E, experts per layer
     top_k: int = 4  # K, experts chosen per token
-    norm_topk: bool = True  # divide the K weights by their sum (never if K = 1)
+    norm_topk: bool = True  # divide the K weights by their sum (ignored if K = 1)
     expert_dim: int = 64  # H, hidden width of an expert
-    shared_dim: int = 0  # hidden width of an expert for all tokens; 0: none
+    shared_dim: int = 0  # hidden width of a shared expert that every token uses; 0: none
     aggregator: str = "dag"  # how the K outputs are combined: sum or dag
     dag_depth: int = 2  # L, depth of the graph
     dag_dim: int = 32  # D, width of the graph's messages
@@ -68,7 +69,7 @@ class ModelConfig:
 def pairwise(linear: nn.Linear, z: Tensor) -> Tensor:
     """Apply a linear map to concat(z_i, z_j) for all pairs of nodes: z (S, K, D) → (S, K, K, D).
 
-    The concatenation, Eq. 8, is never built. As W concat(z_i, z_j) = W1 z_i + W2 z_j, each half
+    The concatenation of Eq. 8 is never built: since W concat(z_i, z_j) = W1 z_i + W2 z_j, each half
     of W works on K nodes instead of K² pairs.
     """
     w1, w2 = linear.weight.chunk(2, dim=1)  # the two halves
@@ -89,27 +90,26 @@ class DAGLayer(nn.Module):
         self.w_node = nn.Linear(2 * D, D, bias=False)
         self.w_up = nn.Linear(D, C, bias=False)
         self.sigma = torch.sigmoid if config.dag_gate == "sigmoid" else F.silu
-        # W_up starts at zero, so a new graph passes its nodes on unchanged: a new DAG-MoE is the
-        # weighted sum. It still learns: the gradient of W_up is the gradient at its output times
-        # the sum of the messages, and neither is zero. The rest of the layer gets a gradient as
-        # soon as W_up has left zero.
+        # W_up starts at zero, so a new graph passes its nodes on unchanged, and a new DAG-MoE is
+        # the weighted sum. W_up itself has a gradient from the first step on; the other
+        # matrices of the layer have one as soon as W_up is no longer zero.
         nn.init.zeros_(self.w_up.weight)
 
     def edges(self, node: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the gates and messages of all edges: node (S, K, C) → e, m (S, K, K, D)."""
-        z = self.w_down(self.norm(node))  # Eq. 7, (S, K, D). Departure: RMSNorm, not LayerNorm
+        z = self.w_down(self.norm(node))  # Eq. 7, (S, K, D); RMSNorm where the paper has LayerNorm
         e = self.sigma(pairwise(self.w_edge, z))  # Eq. 9: e[s, i, j] has D gates
         m = e * pairwise(self.w_node, z)  # Eq. 10
         return e, m
 
     def forward(self, node: Tensor) -> Tensor:
         """Take all nodes from one depth to the next: (S, K, C) → (S, K, C)."""
-        e, m = self.edges(node)  # e is part of m; tests and pictures look at it
-        return node + self.w_up(m.sum(dim=2))  # Eq. 11, the sum is over the senders j
+        e, m = self.edges(node)  # m includes e; tests and pictures use both
+        return node + self.w_up(m.sum(dim=2))  # Eq. 11, summed over the senders j
 
 
 class DAGAggregator(nn.Module):
-    """DAG-MoE's way to combine the K outputs of a token: a graph of depth L (Eq. 6 to 12)."""
+    """Combine a token's K outputs as DAG-MoE does: by a graph of depth L (Eq. 6 to 12)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -118,8 +118,7 @@ class DAGAggregator(nn.Module):
     def forward(self, h: Tensor, out: Tensor, weight: Tensor) -> Tensor:
         """Combine h (S, C) and outputs (S, K, C), with weights (S, K), into the new h (S, C)."""
         S, K, C = out.shape
-        # Every node carries h / K. So it knows its token, and the sum over the nodes contains h
-        # exactly once: Σ_i (g_i E_i(x) + h / K) = h + Σ_i g_i E_i(x).
+        # Every node gets h / K, so that it knows its token, and the sum over nodes holds h once.
         node = weight.unsqueeze(-1) * out + h.unsqueeze(1) / K  # Eq. 6, (S, K, C)
         for layer in self.layers:
             node = layer(node)  # Eq. 7 to 11
@@ -127,7 +126,7 @@ class DAGAggregator(nn.Module):
 
 
 class WeightedSum(nn.Module):
-    """The standard MoE's way to combine the K outputs of a token, which is linear in them."""
+    """Combine a token's K outputs as a standard MoE does: by their weighted sum."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -146,14 +145,14 @@ class Router(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.top_k = config.top_k
-        # Divided by their sum, as in Mixtral, the K weights add up to 1. A single weight would
-        # always become 1, and the router would learn nothing from it, so it stays as it is.
+        # As in Mixtral, the K weights are divided by their sum. If K = 1, that would make the
+        # weight a constant 1, which teaches the router nothing, so then it is left alone.
         self.renormalize = config.norm_topk and config.top_k > 1
         self.weight = nn.Parameter(torch.empty(config.n_expert, config.n_embd))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Route x (S, C): return weights (S, K), expert ids (S, K), balance loss and z-loss."""
-        # In float32 even under autocast: rounded to bfloat16, close logits would often tie.
+        # In float32 even under autocast: in bfloat16, close logits would often round to a tie.
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(self.weight.dtype), self.weight)  # (S, E)
         prob = logits.softmax(dim=-1)
@@ -161,13 +160,13 @@ class Router(nn.Module):
         if self.renormalize:
             weight = weight / weight.sum(dim=-1, keepdim=True)
 
-        # The cross-entropy reaches the router only through the K weights. Once these are divided
-        # by their sum, the logits of all other experts cancel, and learn from the two losses below.
+        # The cross-entropy trains the router through the K weights only. Once these are divided by
+        # their sum, they do not depend on the other experts' logits, which learn from two losses:
         #
-        # Left alone, a router favors a few experts. The balance loss E Σ_e f_e P_e (Switch
-        # Transformer, arXiv 2101.03961) makes an expert's mean probability P_e cost more, the
-        # larger its share f_e of all choices is. It is 1 if all experts are chosen equally often,
-        # and up to E/K if always the same K are. Shares are counts: the gradient is that of P_e.
+        # Left alone, a router comes to favor a few experts. The balance loss E Σ_e f_e P_e (Switch
+        # Transformer, arXiv 2101.03961) pushes back: f_e is expert e's share of all choices, P_e
+        # its mean probability. It is 1 if all experts are chosen equally often, and up to E/K if
+        # always the same K are. f_e is a count and has no gradient, so the router learns from P_e.
         E = len(self.weight)
         share = F.one_hot(expert, E).to(prob.dtype).mean(dim=(0, 1))  # f_e, (E)
         balance_loss = E * (share * prob.mean(dim=0)).sum()
@@ -190,7 +189,7 @@ class Experts(nn.Module):
         """Apply to each token its chosen experts: x (S, C), expert ids (S, K) → out (S, K, C)."""
         S, K = expert.shape
         E, C, H = self.down_proj.shape
-        # Sort the S·K choices, so that the rows of one expert are next to each other. For E = 3:
+        # Sort the S·K choices, so that each expert's rows are next to each other. For E = 3:
         #     expert   2  0  2  1  0    what each of five choices asks for
         #     order    1  4  3  0  2    sorted: choices 1 and 4 want expert 0, choice 3 wants 1
         #     ends     2  3  5          rows 0 and 1 are expert 0's, row 2 is expert 1's, and so on
@@ -206,10 +205,10 @@ class Experts(nn.Module):
 def grouped_linear(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """Multiply each group of rows by its own matrix: rows (N, I), matrices (E, O, I) → (N, O).
 
-    The rows of group e end before row ends[e].
+    Group e ends just before row ends[e].
     """
     device = rows.device.type
-    if torch.is_autocast_enabled(device):  # which knows F.linear, but not F.grouped_mm
+    if torch.is_autocast_enabled(device):  # autocast handles F.linear, but not F.grouped_mm
         dtype = torch.get_autocast_dtype(device)
         rows, matrices = rows.to(dtype), matrices.to(dtype)
     if has_grouped_kernel(rows, matrices):
@@ -274,7 +273,7 @@ def rope_table(position: Tensor, head_dim: int, theta: float) -> tuple[Tensor, T
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn pairs of channels of x (B, heads, T, head_dim), so that q · k sees distances (RoPE)."""
+    """Rotate x (B, heads, T, head_dim) by position, so that q · k depends on distances (RoPE)."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)  # channel i is paired with i + head_dim / 2, as in Llama
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
@@ -316,7 +315,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(C, C, bias=False)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
-        """Let each token of x (B, T, C) look at itself and at those before it → (B, T, C)."""
+        """Let each token of x (B, T, C) attend to itself and to those before it → (B, T, C)."""
         B, T, C = x.shape
         shape = (B, T, -1, self.head_dim)
         q = self.q_proj(x).view(shape).transpose(1, 2)  # (B, n_head, T, head_dim)
@@ -332,7 +331,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer of the network: an attention, then an MoE."""
+    """One layer: attention, then MoE."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -356,7 +355,7 @@ class Output(NamedTuple):
 
 
 class GPT(nn.Module):
-    """A decoder-only language model, laid out as Llama 3, with an MoE in every layer."""
+    """A decoder-only language model, built like Llama 3, with an MoE in every layer."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -370,17 +369,17 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Draw every matrix from a random generator of its own, which is seeded with its name.
+        """Draw every matrix from its own random generator, seeded with the matrix's name.
 
-        So two models of one seed, a sum and a dag, start with the same numbers in all matrices
-        that both have.
+        So two models of one seed, say a sum and a dag, start with the same numbers wherever they
+        have the same matrix.
         """
         for name, weight in self.named_parameters():
             if weight.dim() == 1 or name.endswith("w_up.weight"):
                 continue  # the scales of norms stay 1, and W_up of a graph stays 0
             std = 0.02
             if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):
-                # What writes into the residual stream, twice a layer: smaller, as in GPT-2.
+                # These write into the residual stream, twice per layer: smaller, as in GPT-2.
                 std = 0.02 / (2 * self.config.n_layer) ** 0.5
             seed = torch.initial_seed() ^ zlib.crc32(name.encode())
             nn.init.normal_(weight, std=std, generator=torch.Generator().manual_seed(seed))
@@ -446,7 +445,7 @@ class GPT(nn.Module):
 
 def choose(logits: Tensor, temperature=1.0, top_k=None, top_p=None) -> Tensor:
     """Draw an id per row of logits (B, vocab_size) → (B), from the top_k and top_p likeliest."""
-    if temperature < 1e-4:  # dividing by it might overflow
+    if temperature < 1e-4:  # greedy; dividing by it could overflow
         return logits.argmax(dim=-1)
     prob = (logits / temperature).softmax(dim=-1)
     if top_k is None and top_p is None:
@@ -457,16 +456,12 @@ def choose(logits: Tensor, temperature=1.0, top_k=None, top_p=None) -> Tensor:
         prob = prob.masked_fill(before >= top_p, 0.0)
     if top_k is not None:
         prob[:, top_k:] = 0.0
-    place = torch.multinomial(prob, 1)  # in the sorted order; it divides by the sum
+    place = torch.multinomial(prob, 1)  # in the sorted order; multinomial normalizes
     return token.gather(1, place).squeeze(1)
 
 
 def check_sizes(c: ModelConfig) -> None:
-    """Raise a ValueError, with the numbers, if no network can have these sizes."""
-    for name, value in vars(c).items():
-        least = 0 if name == "shared_dim" else 1
-        if type(value) is int and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+    """Raise a ValueError, with the numbers, if the sizes do not fit together."""
     if c.n_embd % (2 * c.n_head) != 0:
         raise ValueError(f"n_embd ({c.n_embd}) must be a multiple of 2·n_head ({2 * c.n_head})")
     if c.n_head % c.n_kv_head != 0:

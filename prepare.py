@@ -6,10 +6,9 @@
     python prepare.py openwebtext    # downloads 13 GB of web pages
     python prepare.py notes.txt novels/ --name mine    # your own files, and folders of *.txt
 
-A dataset is a folder, data/NAME. Its train.bin and val.bin hold nothing but token ids, with an
-<|endoftext|> after every document, and its meta.json says how to read them. Of your own text a
-tenth is held out for validation: every tenth document or so, or, if there are fewer than 100, the
-end of the text.
+Each makes a folder data/NAME. In it, train.bin and val.bin hold token ids and nothing else, with
+<|endoftext|> after every document; meta.json says how to read them. From your own text, a tenth is
+held out for validation: about every tenth document or, with fewer than 100 documents, the end.
 """
 
 import argparse
@@ -33,7 +32,7 @@ from tqdm import tqdm
 
 DATA = Path("data")  # relative to the folder you are in
 END_OF_TEXT = "<|endoftext|>"
-Documents = Iterator[tuple[str, str]]  # ("train" or "val", text)
+Documents = Iterator[tuple[str, str]]  # of ("train" or "val", text)
 
 # Fixed revisions, so that everyone gets the same text.
 GITHUB = "https://raw.githubusercontent.com"
@@ -43,9 +42,6 @@ TINYSTORIES = f"{HUB}/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f
 OPENWEBTEXT = f"{HUB}/Skylion007/openwebtext/resolve/f3808c30e817981b845ec549c43e82bb467d8144"
 OPENWEBTEXT_PAGES = 8_013_769
 OPENWEBTEXT_VAL_PAGES = 4_007
-
-
-# -- the published datasets --
 
 
 def read_stdlib() -> Documents:
@@ -60,10 +56,7 @@ def read_shakespeare() -> Documents:
     """Read tiny Shakespeare, a single text, and split it where nanoGPT does."""
     sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
     path = download(f"{CHAR_RNN}/data/tinyshakespeare/input.txt", sha256)
-    text = path.read_text(encoding="utf-8")
-    cut = int(0.9 * len(text))
-    yield "train", text[:cut]
-    yield "val", text[cut:]
+    return split_documents([path], None, val_fraction=0.1)
 
 
 def read_tinystories() -> Documents:
@@ -76,11 +69,12 @@ def read_tinystories() -> Documents:
 
 
 def read_openwebtext() -> Documents:
-    """Read the pages of OpenWebText: text files in .tar.xz archives, packed in 21 .tar archives."""
-    rng = np.random.default_rng(2357)  # nanoGPT's seed, which holds out the same pages
+    """Read the pages of OpenWebText: .txt files in .tar.xz archives in 21 .tar archives."""
+    rng = np.random.default_rng(2357)  # nanoGPT's seed, so the same pages are held out
     val_pages = set(rng.permutation(OPENWEBTEXT_PAGES)[:OPENWEBTEXT_VAL_PAGES].tolist())
     count = 0
     for i in range(21):
+        # No checksum is needed: the archives inside have their own.
         path = download(f"{OPENWEBTEXT}/subsets/urlsf_subset{i:02}.tar")
         with open(path, "rb") as file:
             for archive in read_archive(file, ".xz"):
@@ -91,22 +85,19 @@ def read_openwebtext() -> Documents:
 
 
 def read_archive(file, suffix: str) -> Iterator:
-    """Yield the files in a tar archive, compressed or not, whose names have this suffix."""
+    """Yield the files in a tar archive (compressed or not) whose names end in suffix."""
     with tarfile.open(fileobj=file, mode="r|*") as archive:
         for member in archive:
             if member.isfile() and member.name.endswith(suffix):
                 yield archive.extractfile(member)
 
 
-DATASETS = {  # reader, encoding unless --encoding names another, documents if they are many
-    "stdlib": (read_stdlib, "bytes", None),
-    "shakespeare": (read_shakespeare, "bytes", None),
-    "tinystories": (read_tinystories, "gpt2", 2_745_331),
-    "openwebtext": (read_openwebtext, "gpt2", OPENWEBTEXT_PAGES),
+DATASETS = {  # the reader, and the encoding unless --encoding names another
+    "stdlib": (read_stdlib, "bytes"),
+    "shakespeare": (read_shakespeare, "bytes"),
+    "tinystories": (read_tinystories, "gpt2"),
+    "openwebtext": (read_openwebtext, "gpt2"),
 }
-
-
-# -- files --
 
 
 def read_own_files(args: argparse.Namespace) -> Documents:
@@ -125,51 +116,44 @@ def read_own_files(args: argparse.Namespace) -> Documents:
 
 
 def find_files(paths: list, pattern: str, skipped: tuple = ()) -> list[Path]:
-    """List the given files, and those in the given folders whose names match the pattern.
+    """List the given files, and the files in the given folders that match the pattern.
 
-    In a folder, everything that is hidden, or in a folder with a skipped name, is left out.
+    In folders, skip whatever is hidden or below a folder with one of the skipped names.
     """
-    files = set()  # so that a file counts once, even if it is named twice
+    files = set()  # a file that is named twice counts once
     for path in paths:
         path = Path(path).expanduser()
         found = [path] if path.is_file() else []
         for file in path.rglob(pattern):
             names = file.relative_to(path).parts
-            is_left_out = any(name.startswith(".") or name in skipped for name in names)
-            if file.is_file() and not is_left_out:
+            is_skipped = any(name.startswith(".") or name in skipped for name in names)
+            if file.is_file() and not is_skipped:
                 found.append(file)
         if not found:
             raise SystemExit(f"error: {path} does not exist, or has no {pattern} in it")
         files.update(file.resolve() for file in found)
-    # The files of a folder come before those of its subfolders.
+    # A folder's own files come before those of its subfolders.
     return sorted(files, key=lambda path: (path.parent, path.name))
 
 
 def read_documents(files: list[Path], separator: str | None) -> Iterator[str]:
-    """Yield the documents in files: each file is one, unless separator lines divide it."""
+    """Yield the documents in files: one per file, or one per part between separator lines."""
     for path in files:
         try:
-            # utf-8-sig drops the mark that Windows may write at the start of a file. Lines end
-            # with "\n", and any "\r" in front of it is kept: it is part of the text.
+            # utf-8-sig drops the byte-order mark that Windows may put first; newline="\n" keeps
+            # every "\r". Reading by line, a file of 2 GB needs no 2 GB of memory.
             with open(path, encoding="utf-8-sig", newline="\n") as file:
-                if separator is None:
-                    yield file.read()
-                else:
-                    yield from split_at_lines(file, separator)
+                lines = []
+                for line in file:
+                    if line.rstrip("\r\n") == separator:
+                        yield "".join(lines).strip()
+                        lines = []
+                    else:
+                        lines.append(line)
+                text = "".join(lines)
+                yield text if separator is None else text.strip()
         except (OSError, UnicodeError) as error:
             raise SystemExit(f"error: cannot read {path} as UTF-8 text: {error}") from None
-
-
-def split_at_lines(file, separator: str) -> Iterator[str]:
-    """Yield what stands between separator lines, without reading all of a large file at once."""
-    lines = []
-    for line in file:
-        if line.rstrip("\r\n") == separator:
-            yield "".join(lines).strip()
-            lines = []
-        else:
-            lines.append(line)
-    yield "".join(lines).strip()
 
 
 def read_splits(train_files: list[Path], val_files: list[Path], separator: str | None) -> Documents:
@@ -185,23 +169,20 @@ def split_documents(files: list[Path], separator: str | None, val_fraction: floa
     lengths = [len(text) for text in read_documents(files, separator) if text]
     if len(lengths) >= 100:
         for text in read_documents(files, separator):
-            # A checksum decides, so that copies of a document are never in different splits. It
-            # covers 65,536 characters, and the rest of the line in which these end: so it keeps
-            # the split of earlier versions, and with it all published losses.
+            # A checksum of the text decides, so copies of a document land in the same split. Only
+            # its first 65,536 characters count, plus the rest of their last line: that keeps the
+            # split, and so the published losses, of earlier versions.
             end = text.find("\n", 65_536) + 1
             beginning = text[:end] if end > 0 else text
             checksum = hashlib.blake2b(beginning.encode(), digest_size=8, key=b"1337").digest()
             is_val = int.from_bytes(checksum) / 2**64 < val_fraction
             yield "val" if is_val else "train", text
         return
-    room = int((1 - val_fraction) * sum(lengths))  # characters left for train
+    room = int((1 - val_fraction) * sum(lengths))  # characters that train still takes
     for text in read_documents(files, separator):
         yield "train", text[:room]
         yield "val", text[room:]
         room = max(0, room - len(text))
-
-
-# -- downloads --
 
 
 def download(url: str, sha256: str | None = None) -> Path:
@@ -213,13 +194,13 @@ def download(url: str, sha256: str | None = None) -> Path:
     partial = Path(f"{path}.partial")
     try:
         with open(partial, "ab") as file:
-            start = max(0, file.tell() - 1)  # one byte back: a server refuses to send nothing
+            start = max(0, file.tell() - 1)  # one byte back, as a server refuses an empty range
             request = Request(url, headers={"Range": f"bytes={start}-"})
             with urlopen(request, timeout=60) as response:
                 if response.status != 206:  # it sends the whole file
                     start = 0
                 file.truncate(start)
-                length = response.headers["Content-Length"]  # some servers do not tell it
+                length = response.headers["Content-Length"]  # not every server sends it
                 size = start + int(length) if length else None
                 with tqdm.wrapattr(response, "read", size, initial=start, desc=path.name) as body:
                     shutil.copyfileobj(body, file)
@@ -239,11 +220,8 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# -- tokens --
-
-
 def get_encoding(name: str) -> tiktoken.Encoding:
-    """Return a tokenizer of tiktoken's, or for "bytes" one in which every byte is a token."""
+    """Return one of tiktoken's tokenizers or, for "bytes", one in which every byte is a token."""
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
         end = {END_OF_TEXT: 256}
@@ -254,35 +232,50 @@ def get_encoding(name: str) -> tiktoken.Encoding:
         raise SystemExit(f"error: cannot load the encoding {name}: {error}") from None
 
 
-def write_bins(
-    train_path: Path, val_path: Path, documents: Documents, encoding, dtype, n_documents: int | None
-) -> dict:
-    """Tokenize documents into one file for each split, and count what is in them."""
-    splits = {split: {"documents": 0, "bytes": 0, "tokens": 0} for split in ("train", "val")}
-    bar = tqdm(desc="tokenizing", unit=" documents", total=n_documents, delay=1)
-    with open(train_path, "wb") as train_file, open(val_path, "wb") as val_file, bar:
+def write_dataset(folder: Path, documents: Documents, encoding: tiktoken.Encoding) -> None:
+    """Tokenize documents into train.bin and val.bin, and describe the two in meta.json."""
+    # The folder may also hold files of yours, such as the text: write only what is named here.
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = {split: folder / f"{split}.tmp" for split in ("train", "val")}
+    splits = {split: {"documents": 0, "bytes": 0, "tokens": 0} for split in unfinished}
+    dtype = np.min_scalar_type(encoding.n_vocab - 1)  # the smallest that holds every id
+    bar = tqdm(desc="tokenizing", unit=" documents", delay=1)
+    with open(unfinished["train"], "wb") as train, open(unfinished["val"], "wb") as val, bar:
         while group := list(islice(documents, 256)):  # enough to keep all cores busy
             texts = [text for _, text in group]
-            # In these texts <|endoftext|> is text like any other, not the token.
+            # "Ordinary": <|endoftext|> inside a text is text like any other, not the token.
             encoded = encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
             for (split, text), ids in zip(group, encoded, strict=True):
                 if text:
                     ids.append(encoding.eot_token)
-                    file = train_file if split == "train" else val_file
+                    file = train if split == "train" else val
                     file.write(np.array(ids, dtype))
                     splits[split]["documents"] += 1
                     splits[split]["bytes"] += len(text.encode())
                     splits[split]["tokens"] += len(ids)
             bar.update(len(group))
-    for split, path in (("train", train_path), ("val", val_path)):
-        if splits[split]["documents"] == 0:
+    for split, counts in splits.items():
+        if counts["documents"] == 0:
             raise SystemExit(f"error: there is no text for {split}")
-        splits[split]["sha256"] = file_sha256(path)
-    return splits
+        counts["sha256"] = file_sha256(unfinished[split])
+    meta = {
+        "name": folder.name,
+        "encoding": encoding.name,
+        "vocab_size": encoding.n_vocab,
+        "dtype": dtype.name,
+        "splits": splits,
+    }
+    # meta.json goes first and comes back last: a folder without it is no dataset.
+    (folder / "meta.json").unlink(missing_ok=True)
+    for split, counts in splits.items():
+        path = unfinished[split].replace(folder / f"{split}.bin")
+        print(f"{path}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+    (folder / "meta.tmp").write_text(json.dumps(meta, indent=2))
+    (folder / "meta.tmp").replace(folder / "meta.json")
 
 
 def open_dataset(name: str) -> tuple[dict, np.ndarray, np.ndarray]:
-    """Return meta.json and the ids of train and val, which stay on the disk until they are used."""
+    """Return meta.json and the ids of train and val, which are read from disk as needed."""
     folder = DATA / name
     what = name if name in DATASETS else f"FILES --name {name}"
     if not (folder / "meta.json").exists():
@@ -300,7 +293,9 @@ def open_dataset(name: str) -> tuple[dict, np.ndarray, np.ndarray]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(usage=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("what", nargs="+", help="one of the datasets above, or your own files and folders")
     add("--name", help="name of the dataset, which replaces one of the same name (default: WHAT)")
@@ -313,48 +308,21 @@ def main(arguments: list[str] | None = None) -> None:
     held_out.add_argument("--val", action="append", help="file or folder to hold out, or several")
     held_out.add_argument("--val_fraction", type=float, help="how much to hold out (default: 0.1)")
     args = parser.parse_args(arguments)
-    name = args.name or args.what[0]
+    name = args.name or (args.what[0] if len(args.what) == 1 else "")
     if not re.fullmatch(r"[\w-]+", name):
         raise SystemExit("error: give the dataset a --name of letters, digits, _ and -")
 
-    n_documents = None
     if len(args.what) == 1 and args.what[0] in DATASETS:
         for option in ("pattern", "separator", "val", "val_fraction"):
             if getattr(args, option) is not None:
-                raise SystemExit(
-                    f"error: {args.what[0]} has no --{option}, it is for your own text"
-                )
-        read, default_encoding, n_documents = DATASETS[args.what[0]]
+                raise SystemExit(f"error: --{option} is for your own text, not for {args.what[0]}")
+        read, default_encoding = DATASETS[args.what[0]]
         documents = read()
     else:
         default_encoding = "gpt2"
         documents = read_own_files(args)
     encoding = get_encoding(args.encoding or default_encoding)
-    dtype = np.min_scalar_type(encoding.n_vocab - 1)  # the smallest that holds every id
-
-    # data/NAME may hold other files, such as the text itself: write these three, and touch no more.
-    folder = DATA / name
-    folder.mkdir(parents=True, exist_ok=True)
-    train_tmp = folder / "train.tmp"
-    val_tmp = folder / "val.tmp"
-    splits = write_bins(train_tmp, val_tmp, documents, encoding, dtype, n_documents)
-    meta = {
-        "name": name,
-        "encoding": encoding.name,
-        "vocab_size": encoding.n_vocab,
-        "dtype": dtype.name,
-        "splits": splits,
-    }
-    # meta.json goes first and comes back last: a folder without it is no dataset.
-    (folder / "meta.json").unlink(missing_ok=True)
-    train_tmp.replace(folder / "train.bin")
-    val_tmp.replace(folder / "val.bin")
-    (folder / "meta.tmp").write_text(json.dumps(meta, indent=2))
-    (folder / "meta.tmp").replace(folder / "meta.json")
-    for split, counts in splits.items():
-        print(
-            f"{folder}/{split}.bin: {counts['documents']:,} documents, {counts['tokens']:,} tokens"
-        )
+    write_dataset(DATA / name, documents, encoding)
 
 
 if __name__ == "__main__":

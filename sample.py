@@ -1,7 +1,9 @@
 """Write text with a trained model.
 
-python sample.py checkpoints/stdlib.pt --prompt "class Node:"
-python sample.py out/tinystories --prompt "<|endoftext|>Once upon a time" --num_samples 3
+    python sample.py checkpoints/stdlib.pt --prompt "class Node:"
+    python sample.py out/tinystories --prompt "<|endoftext|>Once upon a time" --num_samples 3
+
+The first argument is the folder of a run, whose best.pt it takes, or a checkpoint file.
 """
 
 import argparse
@@ -14,19 +16,21 @@ import torch
 
 from model import GPT, ModelConfig
 from prepare import get_encoding
-from train import autocast, choose_device, choose_dtype, load_checkpoint, make_config
+from train import autocast, choose_device, choose_dtype, load_checkpoint, load_weights, make_config
 
 
 def load_model(path: Path, device: torch.device) -> tuple[GPT, tiktoken.Encoding]:
-    """Load a model, and the encoding of its tokens, from a checkpoint or the folder of a run."""
+    """Load a model and its encoding from a checkpoint, or from the folder of a run."""
     checkpoint = load_checkpoint(path)
     model = GPT(make_config(ModelConfig, checkpoint["model_config"]))
-    model.load_state_dict(checkpoint["model"])
+    load_weights(model, checkpoint["model"])
     return model.to(device).eval(), get_encoding(checkpoint["data"]["encoding"])
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(usage=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("path", type=Path, help="the folder of a run, or a checkpoint file")
     add("--prompt", default="", help="text to continue (default: none)")
@@ -35,22 +39,22 @@ def main(arguments: list[str] | None = None) -> None:
     add("--temperature", type=float, default=0.8, help="0: always the likeliest (default: 0.8)")
     add("--top_k", type=int, help="choose among the K likeliest tokens")
     add("--top_p", type=float, help="choose among the likeliest tokens that add up to P")
-    add("--seed", type=int, default=1337, help="another seed, other texts (default: 1337)")
+    add("--seed", type=int, default=1337, help="change it for other texts (default: 1337)")
     add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     args = parser.parse_args(arguments)
     if args.top_k is not None and args.top_k < 1:
-        parser.error("--top_k must be at least 1")
+        raise SystemExit(f"error: --top_k must be at least 1, got {args.top_k}")
     if args.top_p is not None and not 0 < args.top_p <= 1:
-        parser.error("--top_p must be above 0 and at most 1")
+        raise SystemExit(f"error: --top_p must be above 0 and at most 1, got {args.top_p}")
 
     device = choose_device(args.device)
     amp = autocast(device, choose_dtype("auto", device))
     model, encoding = load_model(args.path, device)
     text_ids = {encoding.encode_single_token(text) for text in encoding.token_byte_values()}
+    prompt = os.fsencode(args.prompt).decode(errors="replace")  # what is not UTF-8 becomes U+FFFD
 
-    # A prompt that is not UTF-8 gets replacement characters. In it, <|endoftext|> is the token
-    # itself: a document begins after it, and so without a prompt we start from it.
-    prompt = os.fsencode(args.prompt).decode(errors="replace")
+    # Every document ends with <|endoftext|>, so the model starts a new one after it. In the prompt
+    # it stands for the token, and an empty prompt is this token alone.
     ids = encoding.encode(prompt, allowed_special="all") or [encoding.eot_token]
     tokens = torch.tensor([ids], device=device)  # (1, T)
     torch.manual_seed(args.seed)
@@ -58,12 +62,13 @@ def main(arguments: list[str] | None = None) -> None:
         if args.num_samples > 1:
             print(f"--- sample {number} of {args.num_samples} ---")
         print(prompt, end="")
-        # A character may be made of several tokens: the decoder waits for the last of them.
+        # A character can span several tokens: the decoder waits until it is complete.
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         sampling = (args.max_new_tokens, args.temperature, args.top_k, args.top_p)
         with amp:
             for token in model.generate(tokens, *sampling):
-                if token.item() not in text_ids:  # <|endoftext|>, or an id without a text
+                # Stop at the end of the document, or at an id that the encoding does not use.
+                if token.item() not in text_ids:
                     break
                 text = decoder.decode(encoding.decode_single_token_bytes(token.item()))
                 print(text, end="", flush=True)

@@ -1,14 +1,14 @@
-"""Train a DAG-MoE on a dataset that prepare.py has made.
+"""Train a DAG-MoE on a dataset made by prepare.py.
 
     python train.py configs/quickstart.toml
     python train.py configs/quickstart.toml --aggregator=sum --out_dir=out/sum
     python train.py --resume=out/quickstart --max_steps=8000
     torchrun --standalone --nproc_per_node=8 train.py configs/owt.toml
 
-The settings are the fields of TrainConfig, below, and of ModelConfig, in model.py. A config file
-overrides their defaults, and --key=value overrides the file. With every evaluation a run saves
-log.csv, ckpt.pt, from which --resume continues, and, if the validation loss is the lowest so far,
-best.pt. Ctrl-C ends a run; what it did since the last evaluation is lost.
+The settings are the fields of TrainConfig (below) and ModelConfig (in model.py). A config file
+overrides their defaults, and --key=value overrides the file. After every evaluation, a run writes
+log.csv, ckpt.pt (which --resume continues from) and, if the validation loss is a new low, best.pt.
+If you stop a run with Ctrl-C, only the steps since the last evaluation are lost.
 """
 
 import argparse
@@ -27,13 +27,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from model import GPT, ModelConfig
 from prepare import open_dataset
 
-VERSION = "0.4"  # of the contents of checkpoints
+VERSION = "0.4"  # of the checkpoint format
 
 # torchrun starts several processes and numbers them. Without it there is one, number 0.
 RANK = int(os.environ.get("RANK", 0))
@@ -44,12 +43,12 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 class TrainConfig:
     dataset: str = "stdlib"  # folder below data/, made by prepare.py
     out_dir: str = "out/default"  # folder for the results; out/NAME with configs/NAME.toml
-    resume: str = ""  # out_dir of a run to continue, with the settings that are stored there
-    init_from: str = ""  # out_dir of a run whose best weights to start from; they may gain a graph
+    resume: str = ""  # out_dir of a run to continue, with its stored settings
+    init_from: str = ""  # out_dir of a run whose best weights to start from; a sum may gain a graph
     max_steps: int = 1000  # optimizer steps
     batch_size: int = 16  # sequences of block_size tokens per micro-batch
     grad_accum: int = 1  # micro-batches per optimizer step, of all processes together
-    seed: int = 1337  # decides the first weights and the order of the data
+    seed: int = 1337  # sets the initial weights and the order of the data
     learning_rate: float = 1e-3  # peak, reached after the warm-up
     min_lr: float = 1e-4  # reached at max_steps, along a cosine
     warmup_steps: int = 100  # steps in which the learning rate rises linearly from zero
@@ -59,12 +58,9 @@ class TrainConfig:
     z_coef: float = 0.001  # weight of the z-loss, which keeps the router's logits small
     eval_interval: int = 200  # steps between evaluations, each of which saves a checkpoint
     eval_tokens: int = 100_000  # validation tokens per evaluation
-    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes the fastest there is
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: a GPU if there is one
     dtype: str = "auto"  # of matrix products: float32 or bfloat16; auto: bfloat16 on CUDA
     compile: bool = False  # torch.compile: a slow start, then faster steps in bfloat16
-
-
-# -- settings --
 
 
 def boolean(text: str) -> bool:
@@ -74,7 +70,7 @@ def boolean(text: str) -> bool:
 
 
 def parse_settings(arguments: list[str] | None = None) -> dict:
-    """Return the settings given in config files and on the command line, which takes precedence."""
+    """Return the settings from the config files and the command line; the latter win."""
     parser = argparse.ArgumentParser(
         usage="train.py [CONFIG.toml ...] [--key=value ...]",
         description=__doc__ + inspect.getsource(TrainConfig) + inspect.getsource(ModelConfig),
@@ -90,7 +86,7 @@ def parse_settings(arguments: list[str] | None = None) -> dict:
     given = parser.parse_intermixed_args(typed)
     if given.configs and "resume" in given:
         raise SystemExit("error: --resume brings its own settings, so leave out the config file")
-    # Settings in a config file count as if they were typed, but earlier.
+    # Treat settings in a file as if they were typed first, so that typed ones override them.
     from_files = []
     for path in given.configs:
         try:
@@ -105,15 +101,17 @@ def parse_settings(arguments: list[str] | None = None) -> dict:
 
 
 def make_config(config_class: type, settings: dict):
-    """Build a TrainConfig or a ModelConfig from those settings that are fields of it."""
+    """Build a TrainConfig or a ModelConfig from the settings that belong to it."""
     own = {f.name: settings[f.name] for f in fields(config_class) if f.name in settings}
+    for name, value in own.items():
+        may_be_zero = type(value) is float or name in ("seed", "warmup_steps", "shared_dim")
+        least = 0 if may_be_zero else 1
+        if type(value) in (int, float) and not value >= least:  # nan, too
+            raise SystemExit(f"error: {name} must be at least {least}, got {value}")
     try:
         return config_class(**own)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
-
-
-# -- data --
 
 
 def read_windows(tokens, starts, block_size: int, device: torch.device) -> Tensor:
@@ -134,11 +132,8 @@ def get_batch(tokens, step: int, config: TrainConfig, block_size: int, device) -
     return [read_windows(tokens, row, block_size, device) for row in starts[RANK::WORLD_SIZE]]
 
 
-# -- device, optimizer and learning rate --
-
-
 def choose_device(name: str) -> torch.device:
-    """Return the device of this name; for "auto" a GPU if there is one, else the CPU."""
+    """Return the named device; "auto" is a GPU if there is one, else the CPU."""
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         name = accelerator.type if accelerator else "cpu"
@@ -155,7 +150,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> str:
-    """Return the dtype of this name; for "auto" bfloat16 on a GPU that has it, else float32."""
+    """Return the named dtype; "auto" is bfloat16 on a GPU that has it, else float32."""
     if name != "auto":
         return name
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -163,12 +158,12 @@ def choose_dtype(name: str, device: torch.device) -> str:
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
-    """Return a context for matrix products in this dtype; weights stay float32."""
+    """Return a context for matrix products in this dtype; weights and gradients stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def make_optimizer(model: GPT, weight_decay: float) -> torch.optim.AdamW:
-    """Make an AdamW that lets matrices decay, but not the scales of the norms."""
+    """Make an AdamW with weight decay for matrices, but not for the scales of the norms."""
     matrices = [weight for weight in model.parameters() if weight.dim() > 1]
     scales = [weight for weight in model.parameters() if weight.dim() == 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": scales}]
@@ -177,8 +172,7 @@ def make_optimizer(model: GPT, weight_decay: float) -> torch.optim.AdamW:
 
 def get_learning_rate(step: int, config: TrainConfig) -> float:
     """Rise linearly during the warm-up, then fall to min_lr along half a cosine."""
-    # AdamW scales its steps by averages of past gradients. The first averages are noisy, so the
-    # first steps are small.
+    # AdamW's running averages are noisy at first, so the first steps are small.
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
@@ -186,29 +180,21 @@ def get_learning_rate(step: int, config: TrainConfig) -> float:
     return config.min_lr + cosine * (config.learning_rate - config.min_lr)
 
 
-# -- training and evaluation --
-
-
-def train_step(
-    network, optimizer, batch: list[Tensor], config: TrainConfig, learning_rate: float, amp
-) -> tuple[float, float]:
-    """Take one optimizer step, and return the mean cross-entropy and the gradient's norm."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+def train_step(network, optimizer, batch: list[Tensor], config: TrainConfig, amp):
+    """Take one optimizer step; return the mean cross-entropy and the norm of the gradient."""
     mean_loss = torch.zeros((), device=batch[0].device)
-    # A large batch may not fit in memory, but the gradient of a mean is the mean of the gradients:
-    # so take the batch in parts, and let their gradients add up.
+    # A large batch may not fit in memory, so take it in parts and let their gradients add up.
     for i, tokens in enumerate(batch):
         if WORLD_SIZE > 1:
-            # DDP averages the gradients of all processes, but once is enough: after the last part.
+            # DDP averages gradients over the processes. Once is enough: after the last part.
             network.require_backward_grad_sync = i == len(batch) - 1
         with amp:
             out = network(tokens[:, :-1], tokens[:, 1:])
         loss = out.loss + config.balance_coef * out.balance_loss + config.z_coef * out.z_loss
         (loss / len(batch)).backward()
         mean_loss += out.loss.detach() / len(batch)
-    # Clip, because one odd batch with a huge gradient could undo what hundreds have taught.
-    grad_norm = clip_grad_norm_(network.parameters(), config.grad_clip or math.inf)
+    # One odd batch can have a huge gradient; clipping keeps it from wrecking the weights.
+    grad_norm = torch.nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip or math.inf)
     optimizer.step()
     optimizer.zero_grad()
     if WORLD_SIZE > 1:
@@ -224,7 +210,7 @@ def evaluate(model: GPT, tokens, config: TrainConfig, amp) -> list[float]:
     count = max(1, min(config.eval_tokens, len(tokens) - 1) // block_size)
     starts = np.linspace(0, len(tokens) - block_size - 1, count).astype(np.int64)
     means = torch.zeros(3, device=device)
-    model.eval()  # changes nothing here, but does as soon as you add dropout
+    model.eval()  # no effect here, but it matters once you add dropout
     for first in range(0, count, config.batch_size):
         part = starts[first : first + config.batch_size]
         batch = read_windows(tokens, part, block_size, device)
@@ -235,14 +221,8 @@ def evaluate(model: GPT, tokens, config: TrainConfig, amp) -> list[float]:
     return means.tolist()
 
 
-# -- checkpoints --
-
-
 def save_run(out_dir: Path, model: GPT, optimizer, step: int, log: list, config, meta) -> None:
-    """Save ckpt.pt, log.csv and, if the validation loss has never been lower, best.pt.
-
-    Each is written beside and then renamed, so none of them is ever half a file.
-    """
+    """Save ckpt.pt, log.csv and, if the validation loss is the lowest so far, best.pt."""
     checkpoint = {
         "version": VERSION,
         "data": meta,
@@ -256,6 +236,7 @@ def save_run(out_dir: Path, model: GPT, optimizer, step: int, log: list, config,
     unfinished = out_dir / "ckpt.tmp"
     if unfinished.exists() or (step == 0 and (out_dir / "ckpt.pt").exists()):
         raise SystemExit(f"error: another run has started in {out_dir}")
+    # Write to a temporary file and rename it: a crash never leaves half a file.
     torch.save(checkpoint, unfinished)
     if log[-1]["val_loss"] == min(row["val_loss"] for row in log):
         torch.save(checkpoint | {"optimizer": None}, out_dir / "best.tmp")
@@ -278,7 +259,7 @@ def load_checkpoint(path: Path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         version = checkpoint["version"]
-    except Exception:  # of many kinds, if the file is damaged or something else
+    except Exception:  # a damaged or foreign file can raise almost anything
         raise SystemExit(f"error: {path} is not a checkpoint of train.py") from None
     if version != VERSION:
         raise SystemExit(f"error: {path} is of version {version}, and this is {VERSION}")
@@ -286,97 +267,68 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def load_weights(model: GPT, weights: dict[str, Tensor]) -> None:
-    """Load the weights of a checkpoint. A graph that it lacks stays new: it does nothing yet."""
-    here = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    there = {name: tuple(weight.shape) for name, weight in weights.items()}
-    for name in here | there:
-        is_new_graph = ".aggregate." in name and name not in there
-        if here.get(name) != there.get(name) and not is_new_graph:
-            shapes = f"{there.get(name)} in the checkpoint and {here.get(name)} in this model"
-            raise SystemExit(f"error: {name} has the shape {shapes}")
-    model.load_state_dict(weights, strict=False)
-
-
-# -- a run --
+    """Load the weights of a checkpoint. Graphs that it lacks stay new, and change nothing yet."""
+    graphs = {name: w for name, w in model.state_dict().items() if ".aggregate." in name}
+    try:
+        model.load_state_dict(graphs | weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise SystemExit(f"error: the checkpoint does not fit this model: {reason:.200}") from None
 
 
 def find_start(settings: dict) -> tuple[dict, dict | None]:
-    """Return all settings, and the checkpoint to resume or to start from, if there is one."""
-    if settings.get("resume"):
-        folder = settings["resume"]
-        checkpoint = load_checkpoint(Path(folder) / "ckpt.pt")
-        stored = checkpoint["train_config"] | checkpoint["model_config"] | {"out_dir": folder}
-        # With another value for one of these it would be another run.
-        fixed = ["dataset", "out_dir", "init_from", "seed", "batch_size", "grad_accum"]
-        fixed += ["weight_decay", *checkpoint["model_config"]]
-        for name in fixed:
-            if settings.get(name, stored[name]) != stored[name]:
-                raise SystemExit(f"error: {folder} was started with {name}={stored[name]}")
-        return stored | settings, checkpoint
-    if settings.get("init_from"):
+    """Return the settings with those of the checkpoint to start from, and that checkpoint."""
+    if settings.get("init_from") and not settings.get("resume"):
         checkpoint = load_checkpoint(Path(settings["init_from"]))
         return checkpoint["model_config"] | settings, checkpoint
-    return settings, None
+    if not settings.get("resume"):
+        return settings, None
+    folder = settings["resume"]
+    checkpoint = load_checkpoint(Path(folder) / "ckpt.pt")
+    stored = checkpoint["train_config"] | checkpoint["model_config"] | {"out_dir": folder}
+    # Changing one of these would make it a different run.
+    fixed = ["dataset", "out_dir", "init_from", "seed", "batch_size", "grad_accum", "weight_decay"]
+    for name in [*fixed, *checkpoint["model_config"]]:
+        if settings.get(name, stored[name]) != stored[name]:
+            raise SystemExit(f"error: {folder} was started with {name}={stored[name]}; keep that")
+    settings = stored | settings
+    if settings["max_steps"] <= checkpoint["step"]:
+        raise SystemExit(f"error: {folder} is at step {checkpoint['step']}; raise --max_steps")
+    return settings, checkpoint
 
 
 def check_run(config: TrainConfig, model_config: ModelConfig, meta: dict, checkpoint) -> None:
-    """Exit if these settings, this dataset and this checkpoint do not go together."""
-    for name, value in vars(config).items():
-        least = 0 if name in ("seed", "warmup_steps") else 1
-        if type(value) is int and value < least:
-            raise SystemExit(f"error: {name} must be at least {least}, got {value}")
-    if config.min_lr > config.learning_rate:
-        numbers = f"{config.min_lr}, learning_rate is {config.learning_rate}"
-        raise SystemExit(f"error: min_lr must not exceed learning_rate: {numbers}")
+    """Exit if the settings, the dataset and the checkpoint do not go together."""
+    data = config.dataset
     if config.dtype not in ("auto", "float32", "bfloat16"):
         raise SystemExit(f"error: dtype must be auto, float32 or bfloat16, got {config.dtype}")
+    if config.min_lr > config.learning_rate:
+        raise SystemExit(f"error: min_lr={config.min_lr} is above learning_rate; lower it, too")
+    if config.grad_accum % WORLD_SIZE != 0:
+        raise SystemExit(f"error: grad_accum must be a multiple of the {WORLD_SIZE} processes")
     if not config.resume and (Path(config.out_dir).expanduser() / "ckpt.pt").exists():
         raise SystemExit(f"error: {config.out_dir} holds a run: --resume it, or change --out_dir")
-    if config.grad_accum % WORLD_SIZE != 0:
-        numbers = f"{config.grad_accum} micro-batches, {WORLD_SIZE} processes"
-        raise SystemExit(f"error: grad_accum is not a multiple of the processes: {numbers}")
-    if checkpoint:
-        theirs = checkpoint["data"]["encoding"]
-        if theirs != meta["encoding"]:
-            raise SystemExit(
-                f"error: the data is in {meta['encoding']}, the checkpoint in {theirs}"
-            )
-        if checkpoint["model_config"]["tie_embeddings"] != model_config.tie_embeddings:
-            raise SystemExit("error: tie_embeddings is not what it is in the checkpoint")
-    if config.resume:
-        if checkpoint["data"] != meta:
-            raise SystemExit(f"error: {config.dataset} has changed since {config.resume} was saved")
-        if config.max_steps <= checkpoint["step"]:
-            raise SystemExit(f"error: {config.resume} has made {checkpoint['step']} steps already")
+    if config.resume and checkpoint["data"] != meta:
+        raise SystemExit(f"error: {data} has changed since {config.resume} was saved")
+    if checkpoint and checkpoint["data"]["encoding"] != meta["encoding"]:
+        encodings = f"{meta['encoding']} tokens, the checkpoint {checkpoint['data']['encoding']}"
+        raise SystemExit(f"error: {data} holds {encodings} tokens")
+    if checkpoint and checkpoint["model_config"]["tie_embeddings"] != model_config.tie_embeddings:
+        raise SystemExit("error: tie_embeddings must be as in the checkpoint")
     if model_config.vocab_size < meta["vocab_size"]:
-        numbers = f"{meta['vocab_size']}, got {model_config.vocab_size}"
-        raise SystemExit(f"error: {config.dataset} needs a vocab_size of at least {numbers}")
+        raise SystemExit(f"error: {data} needs a vocab_size of at least {meta['vocab_size']}")
     for split, counts in meta["splits"].items():
         if counts["tokens"] <= model_config.block_size:
-            numbers = f"{counts['tokens']} tokens, block_size is {model_config.block_size}"
-            raise SystemExit(
-                f"error: the {split} split of {config.dataset} is too short: {numbers}"
-            )
+            numbers = f"{counts['tokens']} tokens, block_size={model_config.block_size} needs more"
+            raise SystemExit(f"error: {data}/{split}.bin has {numbers}")
 
 
 def count_parameters(model: GPT) -> tuple[int, int]:
-    """Return the number of parameters, and how many of them a token uses: K of E experts."""
+    """Return the number of parameters, and how many a token uses (K of the E experts)."""
     total = sum(weight.numel() for weight in model.parameters())
     experts = sum(w.numel() for name, w in model.named_parameters() if ".experts." in name)
     used = experts * model.config.top_k // model.config.n_expert
     return total, total - experts + used
-
-
-def print_plan(config: TrainConfig, model: GPT, device, dtype: str, n_tokens: int) -> None:
-    """Print what a run computes on, how large its model is, and how much it reads."""
-    total, active = count_parameters(model)
-    step_tokens = config.grad_accum * config.batch_size * model.config.block_size
-    passes = config.max_steps * step_tokens / n_tokens
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    print(f"{name}, {dtype}; {total:,} parameters, a token uses {active:,}")
-    print(
-        f"{config.max_steps:,} steps of {step_tokens:,} tokens, {passes:.1f} passes over the data"
-    )
 
 
 def main(arguments: list[str] | None = None, make_model=GPT) -> None:
@@ -392,9 +344,8 @@ def main(arguments: list[str] | None = None, make_model=GPT) -> None:
     if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
-    # -- model and optimizer --
     torch.manual_seed(config.seed)
-    model = make_model(model_config)  # lab/baselines.py makes other ones
+    model = make_model(model_config)  # lab/baselines.py passes its own
     if checkpoint:
         load_weights(model, checkpoint["model"])
     model.to(device)
@@ -406,27 +357,30 @@ def main(arguments: list[str] | None = None, make_model=GPT) -> None:
         step = checkpoint["step"]
         log = checkpoint["log"]
     checkpoint = None  # frees its memory
-    network = torch.compile(model) if config.compile else model  # with the same weights
+    network = torch.compile(model) if config.compile else model  # shares the weights
     if WORLD_SIZE > 1:
         network = DistributedDataParallel(network)
 
-    # -- training --
     out_dir = Path(config.out_dir).expanduser()
     block_size = model_config.block_size
     step_tokens = config.grad_accum * config.batch_size * block_size
     val = meta["splits"]["val"]
-    bits_per_byte = val["tokens"] / val["bytes"] / math.log(2)  # for one nat per token
-    if RANK == 0:  # it alone prints, evaluates and saves
+    bits_per_byte = val["tokens"] / val["bytes"] / math.log(2)  # per nat per token
+    if RANK == 0:  # only this process prints, evaluates and saves
         out_dir.mkdir(parents=True, exist_ok=True)
-        (out_dir / "ckpt.tmp").unlink(missing_ok=True)  # a run was killed while it was saving
-        print_plan(config, model, device, dtype, len(train_tokens))
+        (out_dir / "ckpt.tmp").unlink(missing_ok=True)  # left by a run that was killed
+        total, active = count_parameters(model)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        print(f"{name}, {dtype}; {total:,} parameters, {active:,} active per token")
+        epochs = config.max_steps * step_tokens / len(train_tokens)
+        print(f"{config.max_steps:,} steps of {step_tokens:,} tokens: {epochs:.1f} epochs")
     bar = tqdm(initial=step, total=config.max_steps, disable=RANK > 0, mininterval=1)
     learning_rate = grad_norm = 0.0  # of the last step
     losses = []  # since the last evaluation
     started = time.perf_counter()
     while True:
         is_due = step % config.eval_interval == 0 or step == config.max_steps
-        is_done = len(log) > 0 and log[-1]["step"] == step  # before the run was resumed
+        is_done = len(log) > 0 and log[-1]["step"] == step  # already, before resuming
         if RANK == 0 and is_due and not is_done:  # the others wait in the next train_step
             seconds = time.perf_counter() - started
             val_loss, balance_loss, z_loss = evaluate(model, val_tokens, config, amp)
@@ -456,8 +410,10 @@ def main(arguments: list[str] | None = None, make_model=GPT) -> None:
             break
 
         learning_rate = get_learning_rate(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
         batch = get_batch(train_tokens, step, config, block_size, device)
-        loss, grad_norm = train_step(network, optimizer, batch, config, learning_rate, amp)
+        loss, grad_norm = train_step(network, optimizer, batch, config, amp)
         step += 1
         if not math.isfinite(loss):
             raise SystemExit(f"error: the loss is {loss} at step {step}")

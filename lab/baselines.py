@@ -55,7 +55,7 @@ class MLPLayer(nn.Module):
         self.w_down = nn.Linear(C, D, bias=False)
         self.w_mix = nn.Linear(K * D, D, bias=False)
         self.w_up = nn.Linear(D, C, bias=False)
-        nn.init.zeros_(self.w_up.weight)  # so that it begins as the weighted sum, like the graph
+        nn.init.zeros_(self.w_up.weight)  # it begins as the weighted sum, as the graph does
 
     def forward(self, node: Tensor) -> Tensor:
         """Update all nodes: (S, K, C) → (S, K, C)."""
@@ -74,28 +74,18 @@ class MLPMixing(DAGAggregator):
         self.layers = nn.ModuleList([MLPLayer(config)])
 
 
-class UngatedLayer(nn.Module):
+class UngatedLayer(DAGLayer):
     """One step of depth without gates: e_ij = 1 in Eq. 10."""
 
     def __init__(self, config: ModelConfig):
-        super().__init__()
-        C, D = config.n_embd, config.dag_dim
-        self.norm = nn.RMSNorm(C, NORM_EPS)
-        self.w_down = nn.Linear(C, D, bias=False)
-        self.w_node = nn.Linear(2 * D, D, bias=False)
-        self.w_up = nn.Linear(D, C, bias=False)
-        nn.init.zeros_(self.w_up.weight)  # so that it begins as the weighted sum, like the graph
+        super().__init__(config)
+        del self.w_edge  # of Eq. 9
 
     def edges(self, node: Tensor) -> tuple[Tensor, Tensor]:
         """Compute gates, all of them 1, and messages: node (S, K, C) → e, m (S, K, K, D)."""
         z = self.w_down(self.norm(node))  # Eq. 7
         m = pairwise(self.w_node, z)  # Eq. 10
         return torch.ones_like(m), m
-
-    def forward(self, node: Tensor) -> Tensor:
-        """Update all nodes: (S, K, C) → (S, K, C)."""
-        e, m = self.edges(node)
-        return node + self.w_up(m.sum(dim=2))  # Eq. 11
 
 
 class UngatedGraph(DAGAggregator):

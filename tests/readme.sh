@@ -14,7 +14,7 @@ cd "$work/clone"
 mkdir novels && cp README.md novels/one.txt && cp lab/README.md notes.txt # the texts that README speaks of
 
 grep -E '^    (python3?|pip|torchrun) ' README.md | grep -vE 'shakespeare|tinystories|openwebtext|owt.toml' |
-    sed -E "s|(train.py [^#]*)|\1 $* |" > commands
+    sed -E "/--resume/!s|(train.py [^#]*)|\1 $* |" > commands
 echo "$(wc -l < commands) commands"
 while read -r command; do
     printf 'echo %q; SECONDS=0; { %s\n} || exit 1; echo "took $SECONDS s"\n' "$command" "$command"

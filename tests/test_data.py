@@ -263,7 +263,7 @@ def test_killed_at_any_moment(workdir, function, number):
 @pytest.mark.parametrize("option", ["separator=", "pattern=*.md", "val=text", "val_fraction=0"])
 def test_a_published_dataset_has_no_options_of_your_own_text(workdir, option):
     """Such options are refused in one line, and nothing is written."""
-    message = f"stdlib has no --{option.partition('=')[0]}, it is for your own text"
+    message = f"--{option.partition('=')[0]} is for your own text, not for stdlib"
     assert_refused(prepare.main, ["stdlib", f"--{option}"], message)
     assert not Path("data").exists()
 

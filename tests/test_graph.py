@@ -19,9 +19,8 @@ from tests.helpers import assert_refused, tiny_model
 def make_model(encoding: str = "bytes", **changes) -> GPT:
     """Make a model whose weights are so large that every part matters, and save it in model.pt."""
     model = tiny_model(vocab_size=257, block_size=32, **changes)
-    contents = {"version": train.VERSION, "data": {"encoding": encoding}}
-    contents |= {"model": model.state_dict(), "model_config": vars(model.config)}
-    torch.save(contents, "model.pt")
+    rest = {"version": train.VERSION, "data": {"encoding": encoding}}
+    torch.save(rest | {"model": model.state_dict(), "model_config": vars(model.config)}, "model.pt")
     return model
 
 
@@ -41,8 +40,7 @@ def test_the_numbers_of_a_page_equal_a_plain_loop(top_k, kind):
     text = "The quick brown fox jumps over the lazy <b>dog</b>."
     assert make_page("")["tokens"] == ["<|endoftext|>"]
     data = make_page(text)
-    assert data["tokens"] == list(text[-32:])
-    assert data["prompt"] == 32
+    assert (data["tokens"], data["prompt"]) == (list(text[-32:]), 32)
     assert_close = partial(np.testing.assert_allclose, rtol=0, atol=6e-4)
     rope = rope_table(torch.arange(32), 8, 10000.0)  # 8 channels a head
     h = model.embed(torch.tensor([list(text[-32:].encode())]))
@@ -68,11 +66,12 @@ def test_the_numbers_of_a_page_equal_a_plain_loop(top_k, kind):
         h = h + added
 
 
-def test_a_page_ends_with_its_document(monkeypatch):
-    """What the model writes after <|endoftext|> is not part of the text."""
-    monkeypatch.setattr(GPT, "generate", lambda *_: torch.tensor([[65], [256], [66]]))
+def test_a_prompt_is_continued(monkeypatch):
+    """The seed decides the text, which ends with an <|endoftext|> that is not in the prompt."""
     make_model()
-    assert make_page("ab", n_new=3)["tokens"] == ["a", "b", "A"]
+    assert make_page("a", n_new=5) == make_page("a", n_new=5)
+    monkeypatch.setattr(GPT, "generate", lambda *_: torch.tensor([[65], [256], [66]]))
+    assert make_page("a<|endoftext|>", n_new=3)["tokens"] == ["a", "<|endoftext|>", "A"]
 
 
 def test_statistics_are_means_over_all_windows(corpus, monkeypatch, capsys):

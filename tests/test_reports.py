@@ -81,8 +81,7 @@ def test_hello_world():
 def test_trees(place, arms, against, seeds):
     """One table has all trials less those of sum, one those of seed 1 less those of dag2_silu."""
     trials = trees.read_trials()
-    of_seeds = [trial for trial in trials if trial.seed <= seeds]
-    groups = trees.group_trials(of_seeds, depth=3, steps=12_000)
+    groups = trees.group_trials([t for t in trials if t.seed <= seeds], depth=3, steps=12_000)
     others = trees.accuracies(groups[against, trees.best_rate(against, trials)])
     rows = read_table("trees.md", place)
     assert len(rows) == arms

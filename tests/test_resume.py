@@ -137,7 +137,7 @@ def test_config_files_and_steps_that_are_done_are_refused(half):
     Path("base.toml").write_text("max_steps = 400\n")
     message = "leave out the config file"
     assert_refused(train.main, ["base.toml", "--resume=out/tiny"], message)
-    message = "out/tiny has made 3 steps already"
+    message = "out/tiny is at step 3; raise --max_steps"
     assert_refused(train.main, ["--resume=out/tiny", "--max_steps=3"], message)
 
 

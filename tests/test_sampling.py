@@ -163,15 +163,15 @@ def test_scripts_run_in_a_notebook(corpus):
     assert "\nnaïve" in stream.getvalue()
 
 
-@pytest.mark.parametrize("option", ["--top_k=0", "--top_p=0", "--top_p=1.5", "--device"])
-def test_a_bad_option_is_refused(option, capsys):
-    """It is named, and the exit status is 2."""
-    with pytest.raises(SystemExit, match="2"):
-        sample.main(["tiny.pt", option])
-    assert f"error: {option.partition('=')[0]}" in capsys.readouterr().err.replace("argument ", "")
+@pytest.mark.parametrize("option", ["--top_k=0", "--top_p=0", "--top_p=1.5"])
+def test_a_bad_option_is_refused(option):
+    """The error has its name and its value."""
+    name, _, value = option.partition("=")
+    assert_refused(sample.main, ["tiny.pt", option], f"got {value}")
+    assert_refused(sample.main, ["tiny.pt", option], name)
 
 
-@pytest.mark.parametrize("value", [3, {"version": "0.3"}, {"version": Harmful()}], ids=str)
+@pytest.mark.parametrize("value", [3, {"version": "0.3"}, {"version": Harmful()}])
 def test_a_foreign_checkpoint_is_refused(value):
     """The error names the file, and code in it is not executed."""
     torch.save(value, "bad.pt")

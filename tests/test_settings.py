@@ -75,12 +75,14 @@ def test_an_unknown_name_or_a_wrong_type_is_refused(word, message, corpus, capsy
         ("--max_steps=0", "max_steps must be at least 1"),
         ("--batch_size=-4", "batch_size must be at least 1"),
         ("--seed=-1", "seed must be at least 0"),
-        ("--min_lr=0.5", "min_lr must not exceed learning_rate: 0.5, learning_rate is 0.01"),
+        ("--grad_clip=-1", "grad_clip must be at least 0"),
+        ("--learning_rate=nan", "learning_rate must be at least 0"),
+        ("--min_lr=0.5", "min_lr=0.5 is above learning_rate"),
         ("--top_k=5", "top_k (5) must not exceed n_expert (4)"),
         ("--n_embd=18", "n_embd (18) must be a multiple of 2·n_head (4)"),
         ("--n_kv_head=3", "n_head (2) must be a multiple of n_kv_head (3)"),
-        ("--vocab_size=256", "tiny needs a vocab_size of at least 257, got 256"),
-        ("--block_size=2000", "the val split of tiny is too short: "),
+        ("--vocab_size=256", "tiny needs a vocab_size of at least 257"),
+        ("--block_size=2000", "tokens, block_size=2000 needs more"),
         ("--device=cuda", "cannot compute on device cuda:0: "),
         ("--dataset=other", "run python prepare.py FILES --name other"),
         ("--init_from=text", "there is no checkpoint text/best.pt"),
@@ -99,7 +101,7 @@ def test_weights_of_another_encoding_are_refused(corpus, trained):
     contents = torch.load("best.pt", weights_only=True)
     contents["data"]["encoding"] = "gpt2"
     torch.save(contents, "best.pt")
-    message = "the data is in bytes, the checkpoint in gpt2"
+    message = "tiny holds bytes tokens, the checkpoint gpt2 tokens"
     assert_refused(train.main, [*SHORT_RUN, "--init_from=best.pt", "--vocab_size=9"], message)
 
 
