@@ -42,7 +42,7 @@ NORM_EPS = 1e-5  # in every RMSNorm, x / sqrt(mean(x²) + eps) · scale
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that defines the network. Sizes that do not fit together raise a ValueError."""
+    """Everything that defines the network. Incompatible sizes raise a ValueError."""
 
     vocab_size: int = 257  # number of token ids
     block_size: int = 256  # longest context, in tokens
@@ -91,8 +91,8 @@ class DAGLayer(nn.Module):
         self.w_up = nn.Linear(D, C, bias=False)
         self.sigma = torch.sigmoid if config.dag_gate == "sigmoid" else F.silu
         # W_up starts at zero, so a new graph passes its nodes on unchanged, and a new DAG-MoE is
-        # the weighted sum. W_up itself has a gradient from the first step on; the other
-        # matrices of the layer have one as soon as W_up is no longer zero.
+        # the weighted sum. W_up itself has a gradient from the first step on; the layer's
+        # other matrices get one once W_up is no longer zero.
         nn.init.zeros_(self.w_up.weight)
 
     def edges(self, node: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,13 +160,13 @@ class Router(nn.Module):
         if self.renormalize:
             weight = weight / weight.sum(dim=-1, keepdim=True)
 
-        # The cross-entropy trains the router through the K weights only. Once these are divided by
-        # their sum, they do not depend on the other experts' logits, which learn from two losses:
+        # Dividing by the sum cancels the other experts' logits, so the cross-entropy trains only
+        # those of the K chosen ones. Two more losses reach all E.
         #
-        # Left alone, a router comes to favor a few experts. The balance loss E Σ_e f_e P_e (Switch
-        # Transformer, arXiv 2101.03961) pushes back: f_e is expert e's share of all choices, P_e
-        # its mean probability. It is 1 if all experts are chosen equally often, and up to E/K if
-        # always the same K are. f_e is a count and has no gradient, so the router learns from P_e.
+        # The balance loss E Σ_e f_e P_e (Switch Transformer, arXiv 2101.03961) keeps the router
+        # from favoring a few experts: f_e is expert e's share of all choices, P_e its mean
+        # probability. It is 1 if all experts are chosen equally often, and up to E/K if always the
+        # same K are. f_e is a count and has no gradient, so the router learns from P_e.
         E = len(self.weight)
         share = F.one_hot(expert, E).to(prob.dtype).mean(dim=(0, 1))  # f_e, (E)
         balance_loss = E * (share * prob.mean(dim=0)).sum()
@@ -186,7 +186,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, C, H))
 
     def forward(self, x: Tensor, expert: Tensor) -> Tensor:
-        """Apply to each token its chosen experts: x (S, C), expert ids (S, K) → out (S, K, C)."""
+        """Run each token through its chosen experts: x (S, C), ids (S, K) → out (S, K, C)."""
         S, K = expert.shape
         E, C, H = self.down_proj.shape
         # Sort the S·K choices, so that each expert's rows are next to each other. For E = 3:
@@ -218,15 +218,13 @@ def grouped_linear(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
 
 
 def has_grouped_kernel(rows: Tensor, matrices: Tensor) -> bool:
-    """Tell whether F.grouped_mm takes these: it is particular about dtypes and about alignment."""
-    device = rows.device.type
-    if rows.dtype == torch.bfloat16:
-        takes_dtype = device in ("cpu", "cuda")
-    else:
-        eager_cpu = device == "cpu" and not torch.compiler.is_compiling()
-        takes_dtype = rows.dtype == torch.float32 and eager_cpu
-    is_aligned = all(size * rows.element_size() % 16 == 0 for size in matrices.shape[1:])
-    return takes_dtype and is_aligned
+    """Tell whether F.grouped_mm takes these: it is particular about dtypes and alignment."""
+    kernels = [("cpu", torch.bfloat16), ("cuda", torch.bfloat16)]
+    if not torch.compiler.is_compiling():  # torch.compile knows it in bfloat16 only
+        kernels.append(("cpu", torch.float32))
+    row_bytes = [size * rows.element_size() for size in matrices.shape[1:]]
+    is_aligned = all(size % 16 == 0 for size in row_bytes)
+    return is_aligned and (rows.device.type, rows.dtype) in kernels
 
 
 class SwiGLU(nn.Module):
@@ -371,8 +369,8 @@ class GPT(nn.Module):
     def init_weights(self) -> None:
         """Draw every matrix from its own random generator, seeded with the matrix's name.
 
-        So two models of one seed, say a sum and a dag, start with the same numbers wherever they
-        have the same matrix.
+        This way, two models with the same seed, say a sum and a dag, start with the same numbers
+        in every matrix that they share.
         """
         for name, weight in self.named_parameters():
             if weight.dim() == 1 or name.endswith("w_up.weight"):
@@ -390,7 +388,7 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         caches: list[KVCache] | None = None,
     ) -> Output:
-        """Predict what follows each of tokens (B, T). Targets (B, T) that are -1 add no loss.
+        """Predict what follows each of tokens (B, T). Targets of -1 are ignored.
 
         With caches, one per layer, a single token per sequence continues what they hold, and only
         the last token gets logits.
@@ -429,17 +427,15 @@ class GPT(nn.Module):
         """Continue tokens (B, T): yield the next ids (B), max_new_tokens times."""
         block_size = self.config.block_size
         context = tokens[:, -block_size:]
-        unread = context  # what the caches do not hold yet
         caches = [KVCache() for _ in self.blocks]
         for _ in range(max_new_tokens):
+            unread = context[:, caches[0].n_tokens :]
             logits = self(unread, caches=caches).logits[:, -1].float()
             next_token = choose(logits, temperature, top_k, top_p)
             yield next_token
-            unread = next_token[:, None]
-            context = torch.cat([context, unread], dim=1)
-            if context.shape[1] > block_size:  # full: drop the older half, and reread the rest
+            context = torch.cat([context, next_token[:, None]], dim=1)
+            if context.shape[1] > block_size:  # full: drop the older half and reread the rest
                 context = context[:, -((block_size + 1) // 2) :]
-                unread = context
                 caches = [KVCache() for _ in self.blocks]
 
 

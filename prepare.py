@@ -7,7 +7,7 @@
     python prepare.py notes.txt novels/ --name mine    # your own files, and folders of *.txt
 
 Each makes a folder data/NAME. In it, train.bin and val.bin hold token ids and nothing else, with
-<|endoftext|> after every document; meta.json says how to read them. From your own text, a tenth is
+<|endoftext|> after every document; meta.json says how to read them. A tenth of your own text is
 held out for validation: about every tenth document or, with fewer than 100 documents, the end.
 """
 
@@ -141,17 +141,19 @@ def read_documents(files: list[Path], separator: str | None) -> Iterator[str]:
     for path in files:
         try:
             # utf-8-sig drops the byte-order mark that Windows may put first; newline="\n" keeps
-            # every "\r". Reading by line, a file of 2 GB needs no 2 GB of memory.
+            # every "\r".
             with open(path, encoding="utf-8-sig", newline="\n") as file:
+                if separator is None:
+                    yield file.read()
+                    continue
                 lines = []
-                for line in file:
+                for line in file:  # by line, since the whole file may not fit in memory
                     if line.rstrip("\r\n") == separator:
                         yield "".join(lines).strip()
                         lines = []
                     else:
                         lines.append(line)
-                text = "".join(lines)
-                yield text if separator is None else text.strip()
+                yield "".join(lines).strip()
         except (OSError, UnicodeError) as error:
             raise SystemExit(f"error: cannot read {path} as UTF-8 text: {error}") from None
 
@@ -308,20 +310,21 @@ def main(arguments: list[str] | None = None) -> None:
     held_out.add_argument("--val", action="append", help="file or folder to hold out, or several")
     held_out.add_argument("--val_fraction", type=float, help="how much to hold out (default: 0.1)")
     args = parser.parse_args(arguments)
-    name = args.name or (args.what[0] if len(args.what) == 1 else "")
+    what = args.what[0] if len(args.what) == 1 else ""
+    name = args.name or what
     if not re.fullmatch(r"[\w-]+", name):
         raise SystemExit("error: give the dataset a --name of letters, digits, _ and -")
 
-    if len(args.what) == 1 and args.what[0] in DATASETS:
+    if what in DATASETS:
         for option in ("pattern", "separator", "val", "val_fraction"):
             if getattr(args, option) is not None:
-                raise SystemExit(f"error: --{option} is for your own text, not for {args.what[0]}")
-        read, default_encoding = DATASETS[args.what[0]]
+                raise SystemExit(f"error: --{option} is for your own text, not for {what}")
+        read, default_encoding = DATASETS[what]
+        encoding = get_encoding(args.encoding or default_encoding)
         documents = read()
     else:
-        default_encoding = "gpt2"
+        encoding = get_encoding(args.encoding or "gpt2")
         documents = read_own_files(args)
-    encoding = get_encoding(args.encoding or default_encoding)
     write_dataset(DATA / name, documents, encoding)
 
 

@@ -3,7 +3,7 @@
     python sample.py checkpoints/stdlib.pt --prompt "class Node:"
     python sample.py out/tinystories --prompt "<|endoftext|>Once upon a time" --num_samples 3
 
-The first argument is the folder of a run, whose best.pt it takes, or a checkpoint file.
+The first argument is a run's folder (its best.pt is used) or a checkpoint file.
 """
 
 import argparse
@@ -50,13 +50,14 @@ def main(arguments: list[str] | None = None) -> None:
     device = choose_device(args.device)
     amp = autocast(device, choose_dtype("auto", device))
     model, encoding = load_model(args.path, device)
-    text_ids = {encoding.encode_single_token(text) for text in encoding.token_byte_values()}
+    token_bytes = {encoding.encode_single_token(b): b for b in encoding.token_byte_values()}
     prompt = os.fsencode(args.prompt).decode(errors="replace")  # what is not UTF-8 becomes U+FFFD
 
     # Every document ends with <|endoftext|>, so the model starts a new one after it. In the prompt
     # it stands for the token, and an empty prompt is this token alone.
     ids = encoding.encode(prompt, allowed_special="all") or [encoding.eot_token]
     tokens = torch.tensor([ids], device=device)  # (1, T)
+    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     torch.manual_seed(args.seed)
     for number in range(1, args.num_samples + 1):
         if args.num_samples > 1:
@@ -64,14 +65,12 @@ def main(arguments: list[str] | None = None) -> None:
         print(prompt, end="")
         # A character can span several tokens: the decoder waits until it is complete.
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        sampling = (args.max_new_tokens, args.temperature, args.top_k, args.top_p)
         with amp:
-            for token in model.generate(tokens, *sampling):
-                # Stop at the end of the document, or at an id that the encoding does not use.
-                if token.item() not in text_ids:
+            for token in model.generate(tokens, args.max_new_tokens, **sampling):
+                piece = token_bytes.get(token.item())
+                if piece is None:  # the end of the document, or an id that stands for nothing
                     break
-                text = decoder.decode(encoding.decode_single_token_bytes(token.item()))
-                print(text, end="", flush=True)
+                print(decoder.decode(piece), end="", flush=True)
         print(decoder.decode(b"", final=True))
 
 

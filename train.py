@@ -236,7 +236,7 @@ def save_run(out_dir: Path, model: GPT, optimizer, step: int, log: list, config,
     unfinished = out_dir / "ckpt.tmp"
     if unfinished.exists() or (step == 0 and (out_dir / "ckpt.pt").exists()):
         raise SystemExit(f"error: another run has started in {out_dir}")
-    # Write to a temporary file and rename it: a crash never leaves half a file.
+    # Write to a temporary file and rename it: a crash never leaves a half-written file.
     torch.save(checkpoint, unfinished)
     if log[-1]["val_loss"] == min(row["val_loss"] for row in log):
         torch.save(checkpoint | {"optimizer": None}, out_dir / "best.tmp")
@@ -267,7 +267,7 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def load_weights(model: GPT, weights: dict[str, Tensor]) -> None:
-    """Load the weights of a checkpoint. Graphs that it lacks stay new, and change nothing yet."""
+    """Load a checkpoint's weights. Graphs missing from it stay new, and change nothing yet."""
     graphs = {name: w for name, w in model.state_dict().items() if ".aggregate." in name}
     try:
         model.load_state_dict(graphs | weights)
@@ -277,14 +277,19 @@ def load_weights(model: GPT, weights: dict[str, Tensor]) -> None:
 
 
 def find_start(settings: dict) -> tuple[dict, dict | None]:
-    """Return the settings with those of the checkpoint to start from, and that checkpoint."""
-    if settings.get("init_from") and not settings.get("resume"):
+    """Return all settings, and the checkpoint to resume or start from, if there is one."""
+    if settings.get("resume"):
+        checkpoint = load_checkpoint(Path(settings["resume"]) / "ckpt.pt")
+        return resume_settings(settings, checkpoint), checkpoint
+    if settings.get("init_from"):
         checkpoint = load_checkpoint(Path(settings["init_from"]))
         return checkpoint["model_config"] | settings, checkpoint
-    if not settings.get("resume"):
-        return settings, None
+    return settings, None
+
+
+def resume_settings(settings: dict, checkpoint: dict) -> dict:
+    """Return the stored settings of a run, with the new ones where a change is allowed."""
     folder = settings["resume"]
-    checkpoint = load_checkpoint(Path(folder) / "ckpt.pt")
     stored = checkpoint["train_config"] | checkpoint["model_config"] | {"out_dir": folder}
     # Changing one of these would make it a different run.
     fixed = ["dataset", "out_dir", "init_from", "seed", "batch_size", "grad_accum", "weight_decay"]
@@ -294,7 +299,7 @@ def find_start(settings: dict) -> tuple[dict, dict | None]:
     settings = stored | settings
     if settings["max_steps"] <= checkpoint["step"]:
         raise SystemExit(f"error: {folder} is at step {checkpoint['step']}; raise --max_steps")
-    return settings, checkpoint
+    return settings
 
 
 def check_run(config: TrainConfig, model_config: ModelConfig, meta: dict, checkpoint) -> None:
@@ -310,17 +315,20 @@ def check_run(config: TrainConfig, model_config: ModelConfig, meta: dict, checkp
         raise SystemExit(f"error: {config.out_dir} holds a run: --resume it, or change --out_dir")
     if config.resume and checkpoint["data"] != meta:
         raise SystemExit(f"error: {data} has changed since {config.resume} was saved")
-    if checkpoint and checkpoint["data"]["encoding"] != meta["encoding"]:
-        encodings = f"{meta['encoding']} tokens, the checkpoint {checkpoint['data']['encoding']}"
-        raise SystemExit(f"error: {data} holds {encodings} tokens")
-    if checkpoint and checkpoint["model_config"]["tie_embeddings"] != model_config.tie_embeddings:
-        raise SystemExit("error: tie_embeddings must be as in the checkpoint")
+    if checkpoint:
+        here = meta["encoding"]
+        there = checkpoint["data"]["encoding"]
+        if here != there:
+            raise SystemExit(f"error: {data} holds {here} tokens, the checkpoint {there} tokens")
+        if checkpoint["model_config"]["tie_embeddings"] != model_config.tie_embeddings:
+            raise SystemExit("error: tie_embeddings must be as in the checkpoint")
     if model_config.vocab_size < meta["vocab_size"]:
         raise SystemExit(f"error: {data} needs a vocab_size of at least {meta['vocab_size']}")
     for split, counts in meta["splits"].items():
-        if counts["tokens"] <= model_config.block_size:
-            numbers = f"{counts['tokens']} tokens, block_size={model_config.block_size} needs more"
-            raise SystemExit(f"error: {data}/{split}.bin has {numbers}")
+        n_tokens = counts["tokens"]
+        if n_tokens <= model_config.block_size:
+            sizes = f"{n_tokens} tokens, too few for block_size {model_config.block_size}"
+            raise SystemExit(f"error: {data}/{split}.bin has {sizes}")
 
 
 def count_parameters(model: GPT) -> tuple[int, int]:
@@ -352,9 +360,10 @@ def main(arguments: list[str] | None = None, make_model=GPT) -> None:
     optimizer = make_optimizer(model, config.weight_decay)
     step = 0  # optimizer steps taken
     log = []  # the rows of log.csv, one per evaluation
+    resumed_at = -1
     if config.resume:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        step = checkpoint["step"]
+        step = resumed_at = checkpoint["step"]
         log = checkpoint["log"]
     checkpoint = None  # frees its memory
     network = torch.compile(model) if config.compile else model  # shares the weights
@@ -380,8 +389,7 @@ def main(arguments: list[str] | None = None, make_model=GPT) -> None:
     started = time.perf_counter()
     while True:
         is_due = step % config.eval_interval == 0 or step == config.max_steps
-        is_done = len(log) > 0 and log[-1]["step"] == step  # already, before resuming
-        if RANK == 0 and is_due and not is_done:  # the others wait in the next train_step
+        if RANK == 0 and is_due and step != resumed_at:  # the others wait in the next train_step
             seconds = time.perf_counter() - started
             val_loss, balance_loss, z_loss = evaluate(model, val_tokens, config, amp)
             if not math.isfinite(val_loss):

@@ -7,7 +7,7 @@ import sample
 from tests.helpers import REPOSITORY
 
 CHECKPOINT = REPOSITORY / "checkpoints/stdlib.pt"
-LOSS = 2.173  # nats per byte of LICENSE
+LOSS = 1.621  # nats per byte of LICENSE
 
 
 def test_its_loss_on_a_fixed_text():
@@ -28,7 +28,7 @@ def test_it_writes_python(capsys):
     out = capsys.readouterr().out
     assert out.startswith("class Node:\n    ")
     assert "def " in out
-    assert "self" in out
+    assert "return" in out
 
 
 def test_it_is_small():

@@ -295,3 +295,8 @@ def test_a_dataset_that_is_cut_short_is_refused(corpus, name, lost):
     path.write_bytes(path.read_bytes()[:-lost])
     message = f"{path} is damaged: run python prepare.py FILES --name tiny"
     assert_refused(lambda names: prepare.open_dataset(*names), ["tiny"], message)
+
+
+def test_several_sources_need_a_name(corpus):
+    """They do not take the name of the first one, which may be that of a published dataset."""
+    assert_refused(prepare.main, ["tiny", "text"], "give the dataset a --name")

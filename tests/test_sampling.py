@@ -37,7 +37,7 @@ def say(monkeypatch, ids) -> list:
     """Make the model say these ids; return a list to which each call adds its prompt."""
     prompts = []
 
-    def generate(self, tokens, *sampling):
+    def generate(self, tokens, max_new_tokens, **sampling):
         prompts.append(tokens.tolist())
         return (torch.tensor([token]) for token in ids)
 

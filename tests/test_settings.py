@@ -82,7 +82,7 @@ def test_an_unknown_name_or_a_wrong_type_is_refused(word, message, corpus, capsy
         ("--n_embd=18", "n_embd (18) must be a multiple of 2·n_head (4)"),
         ("--n_kv_head=3", "n_head (2) must be a multiple of n_kv_head (3)"),
         ("--vocab_size=256", "tiny needs a vocab_size of at least 257"),
-        ("--block_size=2000", "tokens, block_size=2000 needs more"),
+        ("--block_size=2000", "tiny/val.bin has 1559 tokens, too few for block_size 2000"),
         ("--device=cuda", "cannot compute on device cuda:0: "),
         ("--dataset=other", "run python prepare.py FILES --name other"),
         ("--init_from=text", "there is no checkpoint text/best.pt"),
