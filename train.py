@@ -234,7 +234,7 @@ def save_run(out_dir: Path, model: GPT, optimizer, step: int, log: list, config,
         "log": log,
     }
     unfinished = out_dir / "ckpt.tmp"
-    if unfinished.exists() or (step == 0 and (out_dir / "ckpt.pt").exists()):
+    if step == 0 and (unfinished.exists() or (out_dir / "ckpt.pt").exists()):
         raise SystemExit(f"error: another run has started in {out_dir}")
     # Write to a temporary file and rename it: a crash never leaves a half-written file.
     torch.save(checkpoint, unfinished)
@@ -377,7 +377,8 @@ def main(arguments: list[str] | None = None, make_model=GPT) -> None:
     bits_per_byte = val["tokens"] / val["bytes"] / math.log(2)  # per nat per token
     if RANK == 0:  # only this process prints, evaluates and saves
         out_dir.mkdir(parents=True, exist_ok=True)
-        (out_dir / "ckpt.tmp").unlink(missing_ok=True)  # left by a run that was killed
+        if not config.resume:
+            (out_dir / "ckpt.tmp").unlink(missing_ok=True)  # left by a run that was killed
         total, active = count_parameters(model)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         print(f"{name}, {dtype}; {total:,} parameters, {active:,} active per token")
