@@ -16,7 +16,7 @@ import torch
 
 from model import GPT, ModelConfig
 from prepare import get_encoding
-from train import autocast, choose_device, choose_dtype, load_checkpoint, load_weights, make_config
+from train import autocast, choose_device, load_checkpoint, load_weights, make_config
 
 
 def load_model(path: Path, device: torch.device) -> tuple[GPT, tiktoken.Encoding]:
@@ -25,6 +25,11 @@ def load_model(path: Path, device: torch.device) -> tuple[GPT, tiktoken.Encoding
     model = GPT(make_config(ModelConfig, checkpoint["model_config"]))
     load_weights(model, checkpoint["model"])
     return model.to(device).eval(), get_encoding(checkpoint["data"]["encoding"])
+
+
+def get_token_bytes(encoding: tiktoken.Encoding) -> dict[int, bytes]:
+    """Return the bytes of every id that stands for text: not of <|endoftext|> or an unused id."""
+    return {encoding.encode_single_token(b): b for b in encoding.token_byte_values()}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -48,9 +53,9 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"error: --top_p must be above 0 and at most 1, got {args.top_p}")
 
     device = choose_device(args.device)
-    amp = autocast(device, choose_dtype("auto", device))
+    amp = autocast(device)
     model, encoding = load_model(args.path, device)
-    token_bytes = {encoding.encode_single_token(b): b for b in encoding.token_byte_values()}
+    token_bytes = get_token_bytes(encoding)
     prompt = os.fsencode(args.prompt).decode(errors="replace")  # what is not UTF-8 becomes U+FFFD
 
     # Every document ends with <|endoftext|>, so the model starts a new one after it. In the prompt
@@ -68,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
         with amp:
             for token in model.generate(tokens, args.max_new_tokens, **sampling):
                 piece = token_bytes.get(token.item())
-                if piece is None:  # the end of the document, or an id that stands for nothing
+                if piece is None:  # the end of the document, or an unused id
                     break
                 print(decoder.decode(piece), end="", flush=True)
         print(decoder.decode(b"", final=True))

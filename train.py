@@ -157,9 +157,10 @@ def choose_dtype(name: str, device: torch.device) -> str:
     return "bfloat16" if has_bfloat16 else "float32"
 
 
-def autocast(device: torch.device, dtype: str) -> torch.autocast:
+def autocast(device: torch.device, dtype: str = "auto") -> torch.autocast:
     """Return a context for matrix products in this dtype; weights and gradients stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+    is_bfloat16 = choose_dtype(dtype, device) == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=is_bfloat16)
 
 
 def make_optimizer(model: GPT, weight_decay: float) -> torch.optim.AdamW:

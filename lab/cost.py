@@ -98,7 +98,7 @@ def make_step(module: nn.Module, x: Tensor, config: train.TrainConfig) -> Callab
     network = torch.compile(module) if config.compile else module
 
     def step() -> None:
-        with train.autocast(x.device, train.choose_dtype(config.dtype, x.device)):
+        with train.autocast(x.device, config.dtype):
             loss = network(x, x).loss if isinstance(module, GPT) else network(x)[0].sum()
         loss.backward()
         optimizer.step()
@@ -145,7 +145,7 @@ def measure(what: str, arguments: list[str], repeats: int) -> None:
     # Beside them the peak: one large product, in the precision that all products have.
     n = 8192 if device.type == "cuda" else 2048
     square = torch.randn(n, n, device=device)
-    with train.autocast(device, train.choose_dtype(config.dtype, device)):
+    with train.autocast(device, config.dtype):
         square = square @ square
     functions["peak"] = lambda: square @ square
     seconds = time_in_turns(functions, device, repeats)

@@ -24,7 +24,8 @@ from lab import baselines  # a checkpoint may hold dag_self or dag_ungated, whic
 from lab.shared import check_target
 from model import GPT, ModelConfig, MoE
 from prepare import get_encoding, open_dataset
-from train import autocast, choose_device, choose_dtype, load_checkpoint, make_config, read_windows
+from sample import get_token_bytes
+from train import autocast, choose_device, load_checkpoint, make_config, read_windows
 
 TEMPLATE = Path(__file__).with_name("graph.html")
 BATCH = 4096  # tokens in a batch
@@ -102,15 +103,15 @@ def make_page(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     model, checkpoint = load_model(args.path, device)
     encoding = get_encoding(checkpoint["data"]["encoding"])
-    text_ids = {encoding.encode_single_token(text) for text in encoding.token_byte_values()}
+    token_bytes = get_token_bytes(encoding)
     tokens = encoding.encode(args.prompt, allowed_special="all")
     tokens = tokens or [encoding.eot_token]  # which begins a new document
     n_prompt = len(tokens)
     rows = torch.tensor([tokens], device=device)
     torch.manual_seed(args.seed)
-    with autocast(device, choose_dtype("auto", device)):
+    with autocast(device):
         for ids in model.generate(rows, args.max_new_tokens, args.temperature):
-            if ids.item() not in text_ids:
+            if ids.item() not in token_bytes:
                 break
             tokens.append(ids.item())
         texts = [encoding.decode([token]) for token in tokens]
@@ -187,7 +188,7 @@ def compute_statistics(model: GPT, tokens: np.ndarray, n_tokens: int) -> Tensor:
     for start in tqdm(range(0, n_windows, size), unit="batch", leave=False, disable=None):
         part = offsets[start : start + size]
         windows = read_windows(tokens, part, config.block_size, device)
-        with autocast(device, choose_dtype("auto", device)):
+        with autocast(device):
             layers = observe(model, windows[:, :-1])
         for i, depths in enumerate(layers):
             for d, depth in enumerate(depths):
